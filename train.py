@@ -1,0 +1,274 @@
+"""Train the paper's networks (paper 3.2): U-Net or Swin-UNet with one of three skip connections.
+
+    python train.py                                               # synthetic data, two minutes, CPU
+    python train.py --model unet --skip conv --data monuseg       # the paper's run
+    python train.py --model unet --skip conv --data monuseg --resume
+    torchrun --nproc-per-node 8 train.py --model unet --skip conv --data monuseg
+
+Writes runs/DATA-MODEL-SKIP-seedK/: log.csv, curves.png, best.pt (best validation IoU), last.pt (to
+resume from) and, at the end, scores.json of the test tiles.
+"""
+
+import argparse
+import hashlib
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from data import (CLASSES, augment, draw_augmentation, fingerprint, get_batch, live, load,
+                  normalize, positive, replace, run, split_tiles)
+from eval import draw_curves, evaluate, score, table
+from losses import loss_for
+from models import MODELS, SKIPS, autocast, build_model, create_model, load_checkpoint, pick_device
+
+# The paper's recipes (3.2). It writes the rates "10e-3" and "10e-5" and means 1e-3 and 1e-5. The
+# synthetic set's recipe is ours, sized for a laptop.
+RECIPES = {
+    #              epochs       batch            learning rates                       U-Net's width
+    "synthetic": {"epochs": 8, "batch_size": 4, "unet": 1e-3, "swin_unet": 1e-4, "width": 16},
+    "monuseg": {"epochs": 50, "batch_size": 8, "unet": 1e-3, "swin_unet": 1e-3, "width": 64},
+    "bcss": {"epochs": 10, "batch_size": 50, "unet": 1e-3, "swin_unet": 1e-5, "width": 64},
+    "bcss512": {"epochs": 10, "batch_size": 50, "unet": 1e-3, "swin_unet": 1e-5, "width": 64},
+}
+
+RECIPE = ("model", "skip", "data", "split", "seed", "epochs", "batch_size", "lr", "width")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     epilog="Where no default is named, it is the paper's.")
+    # What to train
+    parser.add_argument("--model", choices=MODELS, default="unet", help="network (default: unet)")
+    parser.add_argument("--skip", choices=SKIPS, default="standard",
+                        help="skip connections (default: standard)")
+    parser.add_argument("--data", choices=RECIPES, default="synthetic",
+                        help="data set (default: synthetic, drawn on the spot)")
+    parser.add_argument("--split", choices=("tile", "image", "official"), default="tile",
+                        help="what is drawn for testing: tiles as in the paper (default), whole "
+                             "images, or the official test set")
+    parser.add_argument("--seed", type=int, default=0, help="of all chance but the split's")
+    # The recipe
+    parser.add_argument("--epochs", type=positive(int), help="passes over the training tiles")
+    parser.add_argument("--batch-size", type=positive(int), help="tiles per step")
+    parser.add_argument("--lr", type=positive(float), help="Adam's learning rate")
+    parser.add_argument("--width", type=positive(int), help="channels of the U-Net's first level")
+    # Where
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/DATA-MODEL-SKIP-seedK)")
+    parser.add_argument("--resume", action="store_true", help="go on from the run folder's last.pt")
+    parser.add_argument("--save-every", type=positive(float), default=5, metavar="MINUTES",
+                        help="also save within an epoch, so often (default: 5)")
+    parser.add_argument("--data-root", default="data", help="folder of the prepared data")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    args = parser.parse_args(argv)
+    recipe = RECIPES[args.data]
+    args.epochs = args.epochs or recipe["epochs"]
+    args.batch_size = args.batch_size or recipe["batch_size"]
+    args.lr = args.lr or recipe[args.model]
+    if args.width and args.model != "unet":
+        parser.error("--width is the U-Net's: Swin-UNet's widths are fixed")
+    args.width = args.width or recipe["width"]
+    args.out = args.out or Path("runs", f"{args.data}-{args.model}-{args.skip}-seed{args.seed}")
+    return args
+
+
+def main(args):
+    """Train, validate after every epoch, test the best one -> per-tile IoU of the test set, 0..1.
+
+    Raises ValueError or OSError for what the user can mend; last.pt then holds the last good state.
+    """
+    # Where: alone, or as one of torchrun's processes, of which rank 0 prints and writes.
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(args.device)
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group()
+
+    # Data: a set that fits goes to the GPU once, any other is read from the memory map as needed.
+    images, masks, rows = load(args.data, args.data_root)
+    parts = split_tiles(args.data, rows, args.split)
+    num_classes, num_steps = len(CLASSES[args.data]), len(parts["train"]) // args.batch_size
+    if num_steps == 0 or args.batch_size % world:
+        raise ValueError(f"--batch-size {args.batch_size}: give at most the {len(parts['train'])} "
+                         f"training tiles, and a multiple of the {world} processes")
+    if device.type == "cuda" and images.nbytes < 8e9:
+        images, masks = images.to(device), masks.to(device)
+
+    # Model, loss, optimiser. Fused Adam is the same arithmetic in fewer passes over memory.
+    torch.manual_seed(args.seed)
+    model = create_model(args.model, args.skip, num_classes, args.width).to(device)
+    loss_fn = loss_for(num_classes)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and
+                                  autocast(device).fast_dtype == torch.float16)
+    parts_of_run = model, optimizer, scaler
+
+    # Start, or go on from last.pt. `state` is what a checkpoint holds beside tensors.
+    best, last = args.out / "best.pt", args.out / "last.pt"
+    state = {"args": {name: getattr(args, name) for name in RECIPE}, "num_classes": num_classes,
+             "split": fingerprint(rows, parts), "epoch": 0, "step": 0, "losses": [], "log": []}
+    if args.resume:
+        state = resume(last, state, *parts_of_run)
+    elif last.exists():
+        raise ValueError(f"{args.out} holds a run already: go on with it by --resume, or name "
+                         "another folder with --out")
+    elif rank == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        save(last, state, *parts_of_run)
+    network = model
+    if world > 1:
+        if device.type == "cuda":  # statistics of the whole batch, as one process has them
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        network = nn.parallel.DistributedDataParallel(model)
+    if rank == 0:
+        sizes = ", ".join(f"{len(indices)} {part}" for part, indices in parts.items())
+        print(f"{args.model}, {args.skip} skip, {sum(p.numel() for p in model.parameters()):,} "
+              f"parameters, on {device.type}; {args.data}: {sizes} tiles; writing {args.out}")
+
+    log, losses = state["log"], torch.zeros(num_steps, device=device)
+    losses[:state["step"]] = torch.tensor(state["losses"])
+    steps_done, steps_left = 0, (args.epochs - state["epoch"]) * num_steps - state["step"]
+    start = saved = shown = time.time()
+    for epoch in range(state["epoch"] + 1, args.epochs + 1):
+        # Train one epoch: the training tiles in an order of its own, without an incomplete batch.
+        model.train()
+        order = parts["train"][torch.randperm(len(parts["train"]),
+                                              generator=generator(args.seed, epoch))]
+        for step in range(state["step"], num_steps):
+            # A batch, or this process's share of it. Its chance depends on where in the run it is
+            # alone, so that resuming needs no state of random generators.
+            chance = generator(args.seed, epoch, step)
+            indices = order[step * args.batch_size:(step + 1) * args.batch_size][rank::world]
+            draws = draw_augmentation(args.batch_size, chance)
+            torch.manual_seed(chance.initial_seed() + rank)  # for Swin's stochastic depth
+            batch, labels = get_batch(images, masks, indices, device)
+            batch, labels = augment(batch, labels, {k: v[rank::world] for k, v in draws.items()})
+
+            # Forward, backward, step. The scaler does nothing except for float16.
+            with autocast(device):
+                logits = network(normalize(batch))
+            loss = loss_fn(logits, labels).mean()
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses[step] = loss.detach() / world
+            if world > 1:
+                dist.all_reduce(losses[step])
+
+            # Once a second: is the loss a number, and how far are we. (Asking halts a GPU's queue.)
+            steps_done, steps_left, now = steps_done + 1, steps_left - 1, time.time()
+            if now - shown > 1 or step == num_steps - 1:
+                shown = now
+                check_finite(losses[:step + 1], epoch, last)
+                speed = steps_done * args.batch_size / (now - start)
+                left = time.strftime("%H:%M:%S", time.gmtime(steps_left * args.batch_size / speed))
+                if rank == 0:
+                    live(f"epoch {epoch}/{args.epochs} step {step + 1}/{num_steps}: loss "
+                         f"{losses[step].item():.4f}, {speed:.1f} images/s, {left} left")
+            if rank == 0 and now - saved > 60 * args.save_every and step < num_steps - 1:
+                check_finite(losses[:step + 1], epoch, last)
+                save(last, state | {"step": step + 1, "losses": losses[:step + 1].tolist()},
+                     *parts_of_run)
+                saved = now
+
+        # Validate, then write the log, the best epoch's weights, and all that it takes to go on.
+        confusions, val_losses = evaluate(model, images, masks, parts["val"], loss_fn, device,
+                                          args.batch_size, rank, world)
+        scores = score(confusions)
+        log.append({"epoch": epoch, "train_loss": losses.mean().item(),
+                    "val_loss": val_losses.mean().item(),
+                    **{f"val_{name}_{average}": scores[average][name] or 0.0
+                       for average in ("per_tile", "global") for name in ("iou", "f1")}})
+        state |= {"epoch": epoch, "step": 0, "losses": []}
+        if rank == 0:
+            live(f"epoch {epoch}/{args.epochs}: train loss {log[-1]['train_loss']:.4f}, val loss "
+                 f"{log[-1]['val_loss']:.4f}, val IoU {100 * log[-1]['val_iou_per_tile']:.2f} F1 "
+                 f"{100 * log[-1]['val_f1_per_tile']:.2f} per tile, {speed:.1f} images/s, "
+                 f"{left} left\n")
+            if log[-1]["val_iou_per_tile"] == max(row["val_iou_per_tile"] for row in log):
+                save(best, state, model)
+            write_log(log, args.out)
+            save(last, state, *parts_of_run)
+            saved = time.time()
+
+    # Test the best epoch, once.
+    if world > 1:
+        dist.barrier()  # best.pt is there
+    checkpoint = load_checkpoint(best)
+    model = build_model(checkpoint, best).to(device)
+    confusions, _ = evaluate(model, images, masks, parts["test"], loss_fn, device, args.batch_size,
+                             rank, world)
+    scores = score(confusions)
+    if rank == 0:
+        print(f"test, {len(parts['test'])} tiles, weights of epoch {checkpoint['epoch']}, percent")
+        print(table(scores, CLASSES[args.data]))
+        print(f"in {args.out}: best.pt, last.pt, log.csv, curves.png")
+    if world > 1:
+        dist.destroy_process_group()
+    return scores["per_tile"]["iou"]
+
+
+def generator(*numbers):
+    """A random generator for, say, (seed, epoch, step): what it yields depends on these alone."""
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 2)
+
+
+def check_finite(losses, epoch, last):
+    """ValueError if one of this epoch's losses is not a number: it would ruin the checkpoint."""
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad):
+        raise ValueError(f"the loss is {losses[bad[0, 0]].item()} in epoch {epoch}, step "
+                         f"{bad[0, 0].item() + 1}: try a smaller --lr in another --out; {last} "
+                         "holds the last good state")
+
+
+def save(path, state, model, optimizer=None, scaler=None):
+    """Write a checkpoint, weights or all that --resume needs; there is a whole one at any time."""
+    tensors = {"model": model.state_dict()}
+    if optimizer:
+        tensors |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "wb") as file:
+        torch.save(state | tensors, file)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def resume(path, state, model, optimizer, scaler):
+    """Load a checkpoint into model, optimizer and scaler, and return its state.
+
+    Raises ValueError if this command's recipe, in `state`, contradicts the checkpoint's.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no run to go on with: start it without --resume")
+    checkpoint = load_checkpoint(path)
+    for name, value in state["args"].items():
+        if checkpoint["args"].get(name) != value and name != "epochs":
+            raise ValueError(f"--{name.replace('_', '-')} {value}: {path} was trained with "
+                             f"{checkpoint['args'].get(name)}; give the same, or another --out")
+    if checkpoint["split"] != state["split"]:
+        raise ValueError(f"{path}: was trained on other tiles: prepare the same images again")
+    build_model(checkpoint, path)
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    scaler.load_state_dict(checkpoint["scaler"])
+    return {name: checkpoint[name] for name in state} | {"args": state["args"]}
+
+
+def write_log(log, folder):
+    """Write log.csv and draw curves.png."""
+    lines = [",".join(log[0])] + [",".join(map(repr, row.values())) for row in log]
+    replace(folder / "log.csv", "\n".join(lines) + "\n")
+    draw_curves(log, folder / "curves.png", folder.name)
+
+
+if __name__ == "__main__":
+    run(main, parse_args())
