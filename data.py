@@ -547,15 +547,16 @@ def main(args):
         prepare(args.data, args.source, args.data_root, later_images=args.later_images)
 
 
-def run(main, args):
+def run(main, args, after_interrupt="nothing unfinished was kept"):
     """Run a script: bad input, a ValueError or OSError, ends it with one line and status 2."""
+    name = Path(sys.argv[0]).name
     try:
         main(args)
     except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as interrupt:
-        print(f"\n{Path(sys.argv[0]).name}: interrupted{interrupt}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; {after_interrupt}", file=sys.stderr)
         sys.exit(130)
 
 

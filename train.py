@@ -271,4 +271,4 @@ def write_log(log, folder):
 
 
 if __name__ == "__main__":
-    run(main, parse_args())
+    run(main, parse_args(), "the same command with --resume goes on from the last save")
