@@ -20,6 +20,7 @@ import sys
 import time
 import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,23 @@ def read_monuseg(image_path, mask_path):
             mask.reshape(4, TILE, 4, TILE).swapaxes(1, 2).reshape(16, TILE, TILE))
 
 
+def read_bcss(image_path, mask_path, size, num_classes):
+    """One BCSS tile, size x size, and its labels -> 1 tile: 512 is resized to 224 (paper 2.3)."""
+    image, mask = read_image(image_path, ("RGB",)), read_image(mask_path, ("L", "P"))
+    check_size(image_path, image, mask_path, mask)
+    if image.size != (size, size):
+        raise ValueError(f"{image_path}: {image.width} x {image.height} pixels, but tiles of this "
+                         f"set are {size} x {size}: fetch it again")
+    highest = np.asarray(mask).max()
+    if highest >= num_classes:
+        raise ValueError(f"{mask_path}: holds the label {highest}, but the {num_classes} classes "
+                         f"are 0 to {num_classes - 1}: store class indices, not grey levels")
+    if size != TILE:
+        image = image.resize((TILE, TILE), Image.Resampling.BILINEAR)
+        mask = mask.resize((TILE, TILE), Image.Resampling.NEAREST)
+    return np.asarray(image), np.asarray(mask)
+
+
 def check_size(image_path, image, mask_path, mask):
     if image.size != mask.size:
         raise ValueError(f"{mask_path}: {mask.width} x {mask.height} pixels, but {image_path.name} "
@@ -182,10 +200,40 @@ def find_monuseg(source, later_images=False):
             for image, mask in pair(images, masks)]
 
 
+def find_bcss(source, suffix):
+    """List BCSS's layout: folders train, val and train_mask, val_mask, or all with _512 behind.
+
+    A tile is named after slide, region of interest and offset; its region counts as source image.
+    """
+    folders = {}
+    for folder, _, _ in os.walk(source):
+        name = Path(folder).name.removesuffix(suffix) if folder.endswith(suffix) else ""
+        if name in ("train", "val", "train_mask", "val_mask"):
+            if name in folders:
+                raise ValueError(f"{folder}: {folders[name]} has the same name: keep one of them")
+            folders[name] = folder
+    items = []
+    for part in "train", "val":
+        for name in part, part + "_mask":
+            if name not in folders:
+                raise ValueError(f"{source}: holds no folder {name}{suffix}: give the folder of "
+                                 "the unpacked archive")
+        for image, mask in pair(*(by_name(find_files(folders[name], {".png"}))
+                                  for name in (part, part + "_mask"))):
+            match = re.fullmatch(r"(.+)_(\d+)_(\d+)_size\d+", image.stem)
+            region, row, column = match.groups() if match else (image.stem, 0, 0)
+            items.append((image, mask, [(region, int(row), int(column), part)]))
+    return items
+
+
 # -----------------------------------------------------------------------------
 # Preparation: the same for every data set, in flat memory, and it can be interrupted.
 
-READERS = {"monuseg": (find_monuseg, read_monuseg)}
+READERS = {
+    "monuseg": (find_monuseg, read_monuseg),
+    "bcss": (partial(find_bcss, suffix=""), partial(read_bcss, size=224, num_classes=3)),
+    "bcss512": (partial(find_bcss, suffix="_512"), partial(read_bcss, size=512, num_classes=22)),
+}
 TILES_ON_DISK = {"images": (TILE, TILE, 3), "masks": (TILE, TILE)}  # uint8, n of each
 
 
@@ -299,22 +347,32 @@ def draw(rows, pool, fraction, unit):
 def split_tiles(data, rows, split):
     """Tiles of each part -> {"train": indices, "val": indices, "test": indices} (paper 2.3).
 
-    tile: the paper's, 70/20/10 % of the tiles at random: tiles of one image fall on both sides.
-    image: the same shares, of whole images. official: MoNuSeg's challenge test images are the test
-    set, a fifth of the training images validate. Raises ValueError where a part would be empty.
+    tile: the paper's. MoNuSeg: 70/20/10 % of all tiles at random, so that tiles of one image fall
+    on both sides. BCSS: its test tiles have no masks, so 4,021 validation tiles are the test set.
+    BCSS512: so are 600 training tiles. image: the same shares of whole images, or regions. official
+    (MoNuSeg): the challenge's test images are the test set, a fifth of the others validates.
+    Raises ValueError where a part would be empty.
     """
     everything = range(len(rows))
-    official = {part: [i for i in everything if rows[i][3] == part] for part in ("train", "test")}
+    official = {part: [i for i in everything if rows[i][3] == part]
+                for part in ("train", "val", "test")}
     if split == "official":
         test = official["test"]
         val, train = draw(rows, official["train"], 1 / 5, "image")
+    elif data == "bcss512":
+        val = official["val"]
+        test, train = draw(rows, official["train"], 600 / 6000, split)
+    elif data == "bcss":
+        train, rest = ((official["train"], official["val"]) if split == "tile" else
+                       draw(rows, everything, 30760 / 36189, "image"))
+        test, val = draw(rows, rest, 4021 / 5429, split)
     else:
         train, rest = draw(rows, everything, 0.7, split)
         val, test = draw(rows, rest, 2 / 3, split)
     parts = {"train": train, "val": val, "test": test}
     for part, indices in parts.items():
         if not indices:
-            raise ValueError(f"--split {split} leaves no tile of {data} to {part}: choose another")
+            raise ValueError(f"--split {split} leaves no tile of {data} for {part}: take another")
     return {part: torch.tensor(indices) for part, indices in parts.items()}
 
 
@@ -526,7 +584,10 @@ def parse_args(argv=None):
     command.add_argument("--out", default="preview.png", help="picture to write")
     command.add_argument("--seed", type=int, default=0, help="of the augmentation")
     command.add_argument("--data-root", default="data", help="folder of the prepared data")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.command == "prepare" and args.later_images and args.data != "monuseg":
+        parser.error("--later-images is MoNuSeg's")
+    return args
 
 
 def positive(kind):
@@ -544,7 +605,8 @@ def main(args):
     if args.command == "preview":
         preview(args.data, args.data_root, args.out, args.seed)
     else:
-        prepare(args.data, args.source, args.data_root, later_images=args.later_images)
+        options = {"later_images": True} if args.later_images else {}
+        prepare(args.data, args.source, args.data_root, **options)
 
 
 def run(main, args, after_interrupt="nothing unfinished was kept"):

@@ -230,10 +230,10 @@ def score_checkpoint(path, args):
     if checkpoint["split"] != fingerprint(rows, parts):
         raise ValueError(f"{path}: was trained on other tiles than {args.data_root} holds, and may "
                          "have seen these test tiles: prepare the same images again")
-    loss_fn = loss_for(checkpoint["num_classes"])
+    loss_fn = loss_for(checkpoint["num_classes"], trained["ignore_index"])
     confusions, _ = evaluate(model, images, masks, parts["test"], loss_fn, device, args.batch_size)
     return {"checkpoint": str(path), "args": trained, "epoch": checkpoint["epoch"],
-            **score(confusions), "confusion": confusions.sum(0).tolist()}
+            **score(confusions, trained["ignore_index"]), "confusion": confusions.sum(0).tolist()}
 
 
 def parse_args(argv=None):

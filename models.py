@@ -5,6 +5,12 @@
 Read the three skips first: their difference is the paper. Both networks use the very same ones.
 """
 
+import os
+import re
+import threading
+import urllib.error
+import urllib.request
+
 import timm
 import torch
 import torch.nn.functional as F
@@ -186,6 +192,92 @@ def create_model(model, skip, num_classes, width=64):
 
 
 # -----------------------------------------------------------------------------
+# Pretrained weights of Swin-UNet's encoder (paper 2.2: "provided by the original authors")
+
+HUB = "timm/swin_tiny_patch4_window7_224.ms_in1k"  # Microsoft's weights under timm's names
+MICROSOFT = ("https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
+             "swin_tiny_patch4_window7_224.pth")
+
+
+def load_encoder(encoder, path=None):
+    """Load ImageNet weights into a Swin-T -> a text that says which.
+
+    `path` is Microsoft's original file, timm's .safetensors or .pth, or a checkpoint of ours with a
+    Swin-UNet; None takes timm's hub. Raises FileNotFoundError where there is nothing to load, and
+    ValueError unless the file's names and shapes are all the encoder's, no more and no less.
+    """
+    origin = str(path or f"hub {HUB}")
+    path = path or fetch_from_hub()
+    try:
+        tensors = timm.models.load_state_dict(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file of weights") from None
+    except Exception as error:  # as in load_checkpoint
+        raise ValueError(f"{path}: not weights, or damaged ({first_line(error)})") from None
+
+    # Microsoft counts a patch merging to the stage before it, timm to the stage after it. Both
+    # files hold a classifier, Microsoft's also buffers; a checkpoint of ours holds a whole network.
+    if any(name.startswith("encoder.") for name in tensors):
+        tensors = {name.removeprefix("encoder."): tensor for name, tensor in tensors.items()
+                   if name.startswith("encoder.")}
+    if "layers.0.downsample.reduction.weight" in tensors:
+        tensors = {re.sub(r"^layers\.(\d)\.downsample", lambda match:
+                          f"layers.{int(match[1]) + 1}.downsample", name): tensor
+                   for name, tensor in tensors.items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")
+               and not name.endswith(("relative_position_index", "attn_mask"))}
+
+    expected = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
+    missing = [name for name in expected if name not in tensors]
+    wrong = [name for name in tensors if tensors[name].shape != expected.get(name)]
+    if missing or wrong:
+        def few(names):
+            return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        raise ValueError(f"{path}: not a Swin-T: missing {few(missing)}, left over or of another "
+                         f"shape {few(wrong)}; `./prepare_data.sh weights` fetches the right file")
+    encoder.load_state_dict(tensors)
+    return f"encoder weights from {origin}"
+
+
+def fetch_from_hub():
+    """timm's file of the weights, from its cache or the hub; FileNotFoundError within seconds."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache  # what timm uses itself
+
+    cached = try_to_load_from_cache(HUB, "model.safetensors")
+    if isinstance(cached, str):
+        return cached
+    answers = []
+
+    def ask():  # in a thread, as looking up a host name has no time limit; the hub retries a minute
+        try:
+            urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"),
+                                   timeout=4).close()
+            answers.append("yes")
+        except urllib.error.HTTPError:
+            answers.append("yes, with a status that is not our concern")
+        except OSError:
+            pass
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(4)
+    reason = "the hub cannot be reached"
+    try:
+        if answers:
+            return hf_hub_download(HUB, "model.safetensors")
+    except Exception as error:  # the hub's errors have no common base
+        reason = first_line(error)
+    raise FileNotFoundError(
+        f"no pretrained Swin-T, {reason}: where there is a network, run `./prepare_data.sh "
+        f"weights` or download {MICROSOFT}, and give the file with --weights; or train from "
+        "scratch with --no-pretrained")
+
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# -----------------------------------------------------------------------------
 # Where networks run, and how they come back from disk.
 
 
@@ -197,8 +289,7 @@ def pick_device(name=None):
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} does not work here: {reason}") from None
+        raise ValueError(f"--device {name} does not work here: {first_line(error)}") from None
 
 
 def autocast(device):
@@ -220,8 +311,8 @@ def load_checkpoint(path):
     except OSError:
         raise
     except Exception as error:  # torch.load has no common base for what a damaged file raises
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: not a checkpoint of train.py, or damaged ({reason})") from None
+        raise ValueError(f"{path}: not a checkpoint of train.py, or damaged "
+                         f"({first_line(error)})") from None
     return checkpoint
 
 

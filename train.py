@@ -23,7 +23,8 @@ from data import (CLASSES, augment, draw_augmentation, fingerprint, get_batch, l
                   normalize, positive, replace, run, split_tiles)
 from eval import draw_curves, evaluate, score, table
 from losses import loss_for
-from models import MODELS, SKIPS, autocast, build_model, create_model, load_checkpoint, pick_device
+from models import (MODELS, SKIPS, autocast, build_model, create_model, load_checkpoint,
+                    load_encoder, pick_device)
 
 # The paper's recipes (3.2). It writes the rates "10e-3" and "10e-5" and means 1e-3 and 1e-5. The
 # synthetic set's recipe is ours, sized for a laptop.
@@ -35,7 +36,8 @@ RECIPES = {
     "bcss512": {"epochs": 10, "batch_size": 50, "unet": 1e-3, "swin_unet": 1e-5, "width": 64},
 }
 
-RECIPE = ("model", "skip", "data", "split", "seed", "epochs", "batch_size", "lr", "width")
+RECIPE = ("model", "skip", "data", "split", "seed", "epochs", "batch_size", "lr", "width",
+          "ignore_index")
 
 
 def parse_args(argv=None):
@@ -56,6 +58,11 @@ def parse_args(argv=None):
     parser.add_argument("--batch-size", type=positive(int), help="tiles per step")
     parser.add_argument("--lr", type=positive(float), help="Adam's learning rate")
     parser.add_argument("--width", type=positive(int), help="channels of the U-Net's first level")
+    parser.add_argument("--ignore-index", type=int, nargs="+", default=[], metavar="LABEL",
+                        help="labels left out of loss and scores (default: none, as the paper)")
+    parser.add_argument("--weights", type=Path, help="file for Swin-UNet's encoder: Microsoft's, "
+                        "timm's or a checkpoint of ours (default: timm's hub)")
+    parser.add_argument("--no-pretrained", action="store_true", help="start Swin-UNet from scratch")
     # Where
     parser.add_argument("--out", type=Path, help="run folder (default: runs/DATA-MODEL-SKIP-seedK)")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's last.pt")
@@ -70,6 +77,11 @@ def parse_args(argv=None):
     args.lr = args.lr or recipe[args.model]
     if args.width and args.model != "unet":
         parser.error("--width is the U-Net's: Swin-UNet's widths are fixed")
+    num_classes = len(CLASSES[args.data])
+    if any(num_classes == 1 or not 0 <= label < num_classes for label in args.ignore_index):
+        parser.error(f"--ignore-index {args.ignore_index}: {args.data} has no such label to ignore")
+    if args.model == "unet" and (args.weights or args.no_pretrained):
+        parser.error("--weights and --no-pretrained are Swin-UNet's: the U-Net starts from scratch")
     args.width = args.width or recipe["width"]
     args.out = args.out or Path("runs", f"{args.data}-{args.model}-{args.skip}-seed{args.seed}")
     return args
@@ -102,7 +114,7 @@ def main(args):
     # Model, loss, optimiser. Fused Adam is the same arithmetic in fewer passes over memory.
     torch.manual_seed(args.seed)
     model = create_model(args.model, args.skip, num_classes, args.width).to(device)
-    loss_fn = loss_for(num_classes)
+    loss_fn = loss_for(num_classes, args.ignore_index)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and
                                   autocast(device).fast_dtype == torch.float16)
@@ -111,15 +123,19 @@ def main(args):
     # Start, or go on from last.pt. `state` is what a checkpoint holds beside tensors.
     best, last = args.out / "best.pt", args.out / "last.pt"
     state = {"args": {name: getattr(args, name) for name in RECIPE}, "num_classes": num_classes,
-             "split": fingerprint(rows, parts), "epoch": 0, "step": 0, "losses": [], "log": []}
+             "split": fingerprint(rows, parts), "weights": "from scratch", "epoch": 0, "step": 0,
+             "losses": [], "log": []}
     if args.resume:
         state = resume(last, state, *parts_of_run)
     elif last.exists():
         raise ValueError(f"{args.out} holds a run already: go on with it by --resume, or name "
                          "another folder with --out")
-    elif rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        save(last, state, *parts_of_run)
+    else:
+        if args.model == "swin_unet" and not args.no_pretrained:
+            state["weights"] = load_encoder(model.encoder, args.weights)
+        if rank == 0:
+            args.out.mkdir(parents=True, exist_ok=True)
+            save(last, state, *parts_of_run)
     network = model
     if world > 1:
         if device.type == "cuda":  # statistics of the whole batch, as one process has them
@@ -128,7 +144,8 @@ def main(args):
     if rank == 0:
         sizes = ", ".join(f"{len(indices)} {part}" for part, indices in parts.items())
         print(f"{args.model}, {args.skip} skip, {sum(p.numel() for p in model.parameters()):,} "
-              f"parameters, on {device.type}; {args.data}: {sizes} tiles; writing {args.out}")
+              f"parameters, {state['weights']}, on {device.type}")
+        print(f"{args.data}: {sizes} tiles; writing {args.out}")
 
     log, losses = state["log"], torch.zeros(num_steps, device=device)
     losses[:state["step"]] = torch.tensor(state["losses"])
@@ -180,7 +197,7 @@ def main(args):
         # Validate, then write the log, the best epoch's weights, and all that it takes to go on.
         confusions, val_losses = evaluate(model, images, masks, parts["val"], loss_fn, device,
                                           args.batch_size, rank, world)
-        scores = score(confusions)
+        scores = score(confusions, args.ignore_index)
         log.append({"epoch": epoch, "train_loss": losses.mean().item(),
                     "val_loss": val_losses.mean().item(),
                     **{f"val_{name}_{average}": scores[average][name] or 0.0
@@ -204,7 +221,7 @@ def main(args):
     model = build_model(checkpoint, best).to(device)
     confusions, _ = evaluate(model, images, masks, parts["test"], loss_fn, device, args.batch_size,
                              rank, world)
-    scores = score(confusions)
+    scores = score(confusions, args.ignore_index)
     if rank == 0:
         print(f"test, {len(parts['test'])} tiles, weights of epoch {checkpoint['epoch']}, percent")
         print(table(scores, CLASSES[args.data]))

@@ -1,0 +1,113 @@
+"""losses.py: values worked out by hand, torch's own as reference, half precision, order."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from losses import bce_loss, ce_dice_loss, loss_for
+
+
+def certain(masks, num_classes, strength=30.0):
+    """Logits that predict `masks` with near certainty."""
+    return strength * F.one_hot(masks, num_classes).permute(0, 3, 1, 2).float()
+
+
+def test_bce_matches_value_by_hand():
+    logits = torch.tensor([[[[0.0, math.log(3)]]]])  # probabilities 1/2 and 3/4
+    masks = torch.tensor([[[1, 0]]])
+    expected = (math.log(2) + math.log(4)) / 2
+    torch.testing.assert_close(bce_loss(logits, masks), torch.tensor([expected]))
+
+
+def test_bce_matches_torch_one_value_per_tile():
+    logits, masks = torch.randn(3, 1, 5, 7), torch.randint(2, (3, 5, 7))
+    expected = F.binary_cross_entropy_with_logits(logits[:, 0], masks.float(), reduction="none")
+    torch.testing.assert_close(bce_loss(logits, masks), expected.mean(dim=(1, 2)))
+
+
+def test_cross_entropy_and_dice_match_values_by_hand():
+    # Two pixels, uniform over two classes, one of each: cross-entropy log 2, and for each class
+    # 2 * 0.5 / (1 + 1) = 0.5.
+    loss = ce_dice_loss(torch.zeros(1, 2, 1, 2), torch.tensor([[[0, 1]]]))
+    torch.testing.assert_close(loss, torch.tensor([math.log(2) + 0.5]))
+    # Three classes, one pixel of class 2: only class 2 is present, 2 * 1/3 / (1/3 + 1) = 0.5.
+    loss = ce_dice_loss(torch.zeros(1, 3, 1, 1), torch.tensor([[[2]]]))
+    torch.testing.assert_close(loss, torch.tensor([math.log(3) + 0.5]))
+
+
+def test_cross_entropy_matches_torch():
+    logits, masks = torch.randn(4, 5, 6, 6), torch.randint(5, (4, 6, 6))
+    p, y = logits.softmax(1), F.one_hot(masks, 5).permute(0, 3, 1, 2)
+    dice = 2 * (p * y).sum((2, 3)) / (p.sum((2, 3)) + y.sum((2, 3)))
+    present = y.sum((2, 3)) > 0
+    dice_loss = torch.stack([(1 - d)[is_there].mean() for d, is_there in zip(dice, present)])
+    expected = F.cross_entropy(logits, masks, reduction="none").mean((1, 2)) + dice_loss
+    torch.testing.assert_close(ce_dice_loss(logits, masks), expected)
+
+
+def test_loss_does_not_depend_on_batch_size():
+    logits, masks = torch.randn(4, 3, 8, 8), torch.randint(3, (4, 8, 8))
+    one_by_one = [ce_dice_loss(logits[i:i + 1], masks[i:i + 1]) for i in range(4)]
+    torch.testing.assert_close(ce_dice_loss(logits, masks), torch.cat(one_by_one))
+
+
+def test_better_prediction_has_lower_loss():
+    masks = torch.randint(3, (1, 16, 16))
+    half = masks.clone()
+    half[:, :8] = (half[:, :8] + 1) % 3
+    losses = [ce_dice_loss(certain(guess, 3), masks).item() for guess in (masks, half,
+                                                                          (masks + 1) % 3)]
+    assert losses[0] < 1e-3 < losses[1] < losses[2]
+
+
+def test_absent_classes_add_nothing():
+    masks = torch.zeros(1, 8, 8, dtype=torch.int64)
+    assert ce_dice_loss(certain(masks, 22), masks).item() < 1e-3
+
+
+def test_ignored_pixels_change_nothing():
+    torch.manual_seed(0)
+    logits, masks = torch.randn(2, 4, 8, 8), torch.randint(4, (2, 8, 8))
+    noise = torch.where(torch.isin(masks, torch.tensor([0, 3]))[:, None], torch.randn(2, 4, 8, 8),
+                        torch.zeros(()))
+    torch.testing.assert_close(ce_dice_loss(logits, masks, ignore=(0, 3)),
+                               ce_dice_loss(logits + noise, masks, ignore=(0, 3)))
+    assert not torch.allclose(ce_dice_loss(logits, masks), ce_dice_loss(logits, masks, ignore=(0,)))
+
+
+def test_a_tile_of_ignored_pixels_has_no_loss_and_no_gradient():
+    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
+    loss = ce_dice_loss(logits, torch.zeros(1, 4, 4, dtype=torch.int64), ignore=(0,))
+    loss.sum().backward()
+    assert loss.item() == 0 and logits.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("num_classes", [1, 22])
+def test_losses_are_stable_in_half_precision(dtype, num_classes):
+    masks = torch.randint(2, (2, 224, 224))
+    logits = (1000 * torch.randn(2, num_classes, 224, 224)).to(dtype).requires_grad_()
+    loss = loss_for(num_classes)(logits, masks)
+    loss.sum().backward()
+    assert loss.dtype == torch.float32 and loss.isfinite().all() and logits.grad.isfinite().all()
+    torch.testing.assert_close(loss, loss_for(num_classes)(logits.detach().double(), masks),
+                               check_dtype=False, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_are_right():
+    masks = torch.randint(3, (2, 3, 3))
+    logits = torch.randn(2, 3, 3, 3, requires_grad=True)
+    for loss, x in [(ce_dice_loss, logits), (bce_loss, logits[:, :1])]:
+        x, labels = x.detach().requires_grad_(), masks.clamp(max=1) if loss is bce_loss else masks
+        loss(x, labels).sum().backward()
+        step, direction = 1e-2, torch.randn_like(x)
+        slope = (loss(x + step * direction, labels) - loss(x - step * direction, labels)).sum()
+        torch.testing.assert_close((x.grad * direction).sum(), slope / (2 * step), rtol=1e-2,
+                                   atol=1e-3)
+
+
+def test_one_class_takes_bce_more_take_cross_entropy_and_dice():
+    assert loss_for(1) is bce_loss
+    assert loss_for(3, ignore=(0,)).func is ce_dice_loss
