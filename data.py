@@ -43,6 +43,14 @@ CLASSES = {
         "undetermined", "nerve", "skin_adnexa", "blood_vessel", "angioinvasion", "dcis", "other"],
 }
 
+# One colour per label. Any two of them differ by at least 17 (CIE76) for normal, protanopic,
+# deuteranopic and tritanopic eyes alike; the first, which are the commonest labels, by far more.
+PALETTE = np.array([
+    (0, 0, 0), (213, 94, 0), (86, 180, 233), (149, 0, 255), (255, 234, 191), (42, 64, 149),
+    (149, 85, 85), (170, 255, 0), (128, 0, 0), (149, 170, 170), (85, 42, 85), (234, 149, 106),
+    (128, 106, 149), (0, 255, 255), (212, 85, 255), (0, 0, 106), (234, 191, 85), (85, 0, 191),
+    (106, 21, 42), (42, 0, 64), (106, 106, 191), (191, 0, 0)], np.uint8)
+
 # The paper's 44 MoNuSeg images are 30 for training and these 14 of the challenge's test set.
 MONUSEG_TEST = """TCGA-2Z-A9J9-01A-01-TS1 TCGA-44-2665-01B-06-BS6 TCGA-69-7764-01A-01-TS1
     TCGA-A6-6782-01A-01-BS1 TCGA-AC-A2FO-01A-01-TS1 TCGA-AO-A0J2-01A-01-BSA TCGA-CU-A0YN-01A-02-BSB
@@ -155,13 +163,15 @@ def check_size(image_path, image, mask_path, mask):
 # Finding raw files. A list of (image path, annotation path, its lines of tiles.csv).
 
 
-def find_files(source, suffixes):
-    """All files below `source` by their suffix, without the debris that archives carry along."""
-    found = sorted(path for path in Path(source).rglob("*") if path.suffix.lower() in suffixes
-                   and not path.name.startswith("._") and "__MACOSX" not in path.parts)
-    if not Path(source).is_dir():
-        raise FileNotFoundError(f"{source}: no such folder: give that of the unpacked archives")
-    return found
+def find_files(folders, suffixes):
+    """All files below the folders by their suffix, without the debris that archives carry along."""
+    found = set()
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder: give that of the unpacked archives")
+        found |= {path.resolve() for path in folder.rglob("*") if path.suffix.lower() in suffixes
+                  and not path.name.startswith("._") and "__MACOSX" not in path.parts}
+    return sorted(found)
 
 
 def pair(images, masks):
@@ -183,12 +193,12 @@ def by_name(paths):
     return named
 
 
-def find_monuseg(source, later_images=False):
+def find_monuseg(folders, later_images=False):
     """List MoNuSeg's official layout: *.tif, each with an *.xml or a mask *.png of its name."""
-    images = by_name(find_files(source, {".tif", ".tiff"}))
+    images = by_name(find_files(folders, {".tif", ".tiff"}))
     if not images:
-        raise ValueError(f"{source}: holds no *.tif: give the folder of the unpacked archives")
-    masks = by_name(find_files(source, {".png"})) | by_name(find_files(source, {".xml"}))
+        raise ValueError(f"{folders[0]}: holds no *.tif: give the folder of the unpacked archives")
+    masks = by_name(find_files(folders, {".png"})) | by_name(find_files(folders, {".xml"}))
     later = sorted(set(images) & set(MONUSEG_LATER))
     if later and not later_images:
         print(f"left out {len(later)} images that the paper did not have (--later-images keeps "
@@ -200,25 +210,24 @@ def find_monuseg(source, later_images=False):
             for image, mask in pair(images, masks)]
 
 
-def find_bcss(source, suffix):
+def find_bcss(folders, suffix):
     """List BCSS's layout: folders train, val and train_mask, val_mask, or all with _512 behind.
 
     A tile is named after slide, region of interest and offset; its region counts as source image.
     """
-    folders = {}
-    for folder, _, _ in os.walk(source):
-        name = Path(folder).name.removesuffix(suffix) if folder.endswith(suffix) else ""
+    layout = {}
+    for folder in (Path(folder) for top in folders for folder, _, _ in os.walk(top)):
+        name = folder.name.removesuffix(suffix) if folder.name.endswith(suffix) else ""
         if name in ("train", "val", "train_mask", "val_mask"):
-            if name in folders:
-                raise ValueError(f"{folder}: {folders[name]} has the same name: keep one of them")
-            folders[name] = folder
+            if not layout.setdefault(name, folder).samefile(folder):
+                raise ValueError(f"{folder}: {layout[name]} has the same name: keep one of them")
     items = []
     for part in "train", "val":
         for name in part, part + "_mask":
-            if name not in folders:
-                raise ValueError(f"{source}: holds no folder {name}{suffix}: give the folder of "
-                                 "the unpacked archive")
-        for image, mask in pair(*(by_name(find_files(folders[name], {".png"}))
+            if name not in layout:
+                raise ValueError(f"{folders[0]}: holds no folder {name}{suffix}: give the folder "
+                                 "of the unpacked archive")
+        for image, mask in pair(*(by_name(find_files([layout[name]], {".png"}))
                                   for name in (part, part + "_mask"))):
             match = re.fullmatch(r"(.+)_(\d+)_(\d+)_size\d+", image.stem)
             region, row, column = match.groups() if match else (image.stem, 0, 0)
@@ -237,8 +246,8 @@ READERS = {
 TILES_ON_DISK = {"images": (TILE, TILE, 3), "masks": (TILE, TILE)}  # uint8, n of each
 
 
-def prepare(data, source, root, **options):
-    """Write ROOT/DATA/{images.npy, masks.npy, tiles.csv} from the raw files below `source`.
+def prepare(data, folders, root, **options):
+    """Write ROOT/DATA/{images.npy, masks.npy, tiles.csv} from the raw files below the folders.
 
     Works in ROOT/DATA.partial, continues there after an interruption, and renames it when whole.
     Raises ValueError naming the first raw file that cannot be used; what is done stays.
@@ -248,7 +257,7 @@ def prepare(data, source, root, **options):
         print(f"{final} is prepared already; remove it to prepare it again")
         return
     find, read = READERS[data]
-    items = find(source, **options)
+    items = find(folders, **options)
     rows = [row for _, _, rows in items for row in rows]
     per_item = len(items[0][2])
 
@@ -575,7 +584,8 @@ def parse_args(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("prepare", help="raw files -> memory-mapped tiles")
     command.add_argument("data", choices=READERS, help="data set")
-    command.add_argument("--from", dest="source", required=True, help="folder of the raw files")
+    command.add_argument("--from", dest="folders", nargs="+", required=True, metavar="DIR",
+                         help="folders of the raw files")
     command.add_argument("--later-images", action="store_true",
                          help="keep the seven MoNuSeg images that the paper did not have")
     command.add_argument("--data-root", default="data", help="folder of the prepared data")
@@ -606,7 +616,7 @@ def main(args):
         preview(args.data, args.data_root, args.out, args.seed)
     else:
         options = {"later_images": True} if args.later_images else {}
-        prepare(args.data, args.source, args.data_root, **options)
+        prepare(args.data, args.folders, args.data_root, **options)
 
 
 def run(main, args, after_interrupt="nothing unfinished was kept"):

@@ -3,22 +3,25 @@
     python eval.py runs/monuseg-unet-conv-seed0/best.pt           # one network, in detail
     python eval.py runs/*/best.pt                                 # several: the paper's Table 2
     python eval.py runs/*/best.pt --json scores.json              # the same for programs
+    python eval.py runs/*/best.pt --figure fig.png                # tiles, as the paper's Figs. 3-5
 
 Everything comes from one confusion matrix per tile. Its two averages differ by points, so both are
 always shown: "per tile" is what the paper's Table 2 holds, "global" is the field's standard.
 """
 
 import argparse
+import csv
 import json
 import statistics
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
-from data import (CLASSES, fingerprint, get_batch, load, normalize, positive, replace, run,
-                  split_tiles)
+from data import (CLASSES, PALETTE, TILE, fingerprint, get_batch, load, normalize, positive,
+                  replace, run, split_tiles)
 from losses import loss_for
 from models import autocast, build_model, load_checkpoint, pick_device
 
@@ -26,15 +29,18 @@ from models import autocast, build_model, load_checkpoint, pick_device
 # Metrics
 
 
+def predict(logits):
+    """Labels (N, H, W) int64 of logits (N, C, H, W): probability above 0.5, or the largest."""
+    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(dim=1)
+
+
 def confusion_matrices(logits, masks):
     """Count pixels -> (N, K, K) int64: [n, t, p] of tile n have true label t and prediction p.
 
-    logits (N, C, H, W), masks (N, H, W) int64. One logit is thresholded at probability 0.5 (K = 2),
-    of more the largest wins (K = C).
+    logits (N, C, H, W), masks (N, H, W) int64; K = C, but 2 for one logit.
     """
     n, k = len(logits), max(2, logits.shape[1])
-    predictions = (logits[:, 0] > 0).long() if k > logits.shape[1] else logits.argmax(dim=1)
-    cells = (masks * k + predictions).flatten(1)
+    cells = (masks * k + predict(logits)).flatten(1)
     counts = torch.zeros(n, k * k, dtype=torch.int64, device=logits.device)
     return counts.scatter_add_(1, cells, torch.ones_like(cells)).view(n, k, k)
 
@@ -174,47 +180,136 @@ def table_2(results):
 
 
 # -----------------------------------------------------------------------------
-# Curves
+# Pictures
 
-def draw_curves(log, path, title):
-    """Draw a run's log, a list of dicts with one row per epoch, as the paper's Fig. 2 does."""
-    font, small = ImageFont.load_default(size=18), ImageFont.load_default(size=14)
-    picture = Image.new("RGB", (1200, 480), "white")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+
+
+def draw_curves(logs, path):
+    """Draw {name: log} of one run or several as the paper's Fig. 2: loss and validation IoU.
+
+    A log is a list of dicts, one per epoch, with at least train_loss, val_loss, val_iou_per_tile.
+    """
+    font = ImageFont.load_default(size=15)
+    height, epochs = 460 + 24 * len(logs), max(len(log) for log in logs.values())
+    picture = Image.new("RGB", (1200, height), "white")
     draw = ImageDraw.Draw(picture)
-    draw.text((600, 20), title, "black", font, anchor="mm")
-    panels = [("loss", [("train_loss", "training", "#0072b2"),
-                        ("val_loss", "validation", "#d55e00")]),
-              ("validation scores, per tile", [("val_iou_per_tile", "IoU", "#009e73"),
-                                               ("val_f1_per_tile", "F1", "#cc79a7")])]
-    for panel, (heading, series) in enumerate(panels):
-        left, top, right, bottom = 600 * panel + 70, 80, 600 * panel + 570, 420
-        lines = [(name, colour, [row[key] for row in log]) for key, name, colour in series]
-        values = [value for _, _, line in lines for value in line]
-        low, high = (0, 1) if panel else (0, 1.05 * max(values))
+    top_loss = max(row[key] for log in logs.values() for row in log
+                   for key in ("train_loss", "val_loss"))
+    panels = [("loss: training thin, validation thick", 1.05 * top_loss,
+               [("train_loss", 1), ("val_loss", 3)]),
+              ("validation IoU, per tile", 1.0, [("val_iou_per_tile", 3)])]
+    for panel, (title, high, series) in enumerate(panels):
+        left, top, right, bottom = 600 * panel + 70, 60, 600 * panel + 570, 400
 
         def place(epoch, value):
-            return (left + (right - left) * (epoch - 0.5) / len(log),
-                    bottom - (bottom - top) * (value - low) / (high - low))
+            return (left + (right - left) * (epoch - 0.5) / epochs,
+                    bottom - (bottom - top) * value / high)
 
-        # Axes: five marks up, at most ten epochs across.
-        draw.text(((left + right) / 2, top - 18), heading, "black", small, anchor="mm")
-        for mark in range(6):
-            value = low + (high - low) * mark / 5
+        # Axes: six marks up, at most ten epochs across.
+        draw.text(((left + right) / 2, 32), title, "black", font, anchor="mm")
+        draw.text(((left + right) / 2, bottom + 38), "epoch", "black", font, anchor="mm")
+        for value in (high * mark / 5 for mark in range(6)):
             y = place(1, value)[1]
             draw.line((left, y, right, y), "#dddddd")
-            draw.text((left - 8, y), f"{value:.2f}", "black", small, anchor="rm")
-        for epoch in range(1, len(log) + 1, -(-len(log) // 10)):
-            draw.text((place(epoch, low)[0], bottom + 14), str(epoch), "black", small, anchor="mm")
-        draw.text(((left + right) / 2, bottom + 38), "epoch", "black", small, anchor="mm")
-        for i, (name, colour, line) in enumerate(lines):
-            points = [place(epoch, value) for epoch, value in enumerate(line, 1)]
-            draw.line(points, colour, 3, "curve")
-            for x, y in points if len(log) < 30 else []:
-                draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
-            x, y = right - 110, (top + 14 if not panel else bottom - 50) + 20 * i
-            draw.line((x - 30, y, x - 8, y), colour, 3)
-            draw.text((x, y), name, "black", small, anchor="lm")
+            draw.text((left - 8, y), f"{value:.2f}", "black", font, anchor="rm")
+        for epoch in range(1, epochs + 1, -(-epochs // 10)):
+            draw.text((place(epoch, 0)[0], bottom + 14), str(epoch), "black", font, anchor="mm")
+        for log, colour in zip(logs.values(), COLOURS * len(logs)):
+            for key, width in series:
+                points = [place(epoch, row[key]) for epoch, row in enumerate(log, 1)]
+                draw.line(points, colour, width, "curve")
+                for x, y in points:
+                    draw.ellipse((x - width, y - width, x + width, y + width), colour)
+    for i, (name, colour) in enumerate(zip(logs, COLOURS * len(logs))):
+        draw.line((70, 460 + 24 * i, 110, 460 + 24 * i), colour, 3)
+        draw.text((120, 460 + 24 * i), name, "black", font, anchor="lm")
     picture.save(path)
+
+
+def read_log(path):
+    """Read a run's log.csv -> list of dicts of floats, one per epoch."""
+    with open(path, newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+FOUND, FALSE_ALARM, MISSED = (255, 255, 255), (213, 94, 0), (86, 180, 233)
+
+
+def paint(prediction, mask, num_classes):
+    """Labels as colours -> (H, W, 3) uint8; of one class, what was found, missed and mistaken."""
+    if num_classes > 1:
+        return PALETTE[prediction]
+    colours = np.zeros((*mask.shape, 3), np.uint8)
+    colours[(prediction == 1) & (mask == 1)] = FOUND
+    colours[(prediction == 1) & (mask == 0)] = FALSE_ALARM
+    colours[(prediction == 0) & (mask == 1)] = MISSED
+    return colours
+
+
+def draw_figure(titles, rows, names, path):
+    """Draw tiles as the paper's Figs. 3-5: image, ground truth, one column per network.
+
+    titles: one per network; rows: (caption, image (H, W, 3), mask (H, W), predictions, captions of
+    those), all uint8; names: of the classes.
+    """
+    font, cell, line = ImageFont.load_default(size=14), TILE + 10, 22
+    if len(names) == 1:
+        legend = [(f"{names[0]}, found", FOUND), ("missed", MISSED), ("false alarm", FALSE_ALARM)]
+    else:
+        shown = np.unique([[mask, *predictions] for _, _, mask, predictions, _ in rows])
+        legend = [(names[label], tuple(PALETTE[label].tolist())) for label in shown]
+    per_line = max(1, (len(titles) + 2) * cell // 190)
+    height = 40 + (cell + line) * len(rows) + line * -(-len(legend) // per_line) + 10
+    picture = Image.new("RGB", ((len(titles) + 2) * cell + 10, height), "white")
+    draw = ImageDraw.Draw(picture)
+    for column, title in enumerate(["image", "ground truth", *titles]):
+        draw.text((10 + cell * column + TILE / 2, 20), title, "black", font, anchor="mm")
+    for row, (caption, image, mask, predictions, captions) in enumerate(rows):
+        y = 40 + (cell + line) * row
+        panels = [image, *(paint(labels, mask, len(names)) for labels in [mask, *predictions])]
+        for column, (panel, text) in enumerate(zip(panels, [caption, "", *captions])):
+            picture.paste(Image.fromarray(panel), (10 + cell * column, y))
+            draw.text((10 + cell * column, y + TILE + 4), text, "black", font)
+    for i, (name, colour) in enumerate(legend):
+        x, y = 10 + 190 * (i % per_line), height - 10 - line * (-(-len(legend) // per_line) -
+                                                                i // per_line)
+        draw.rectangle((x, y, x + 14, y + 14), colour, "black")
+        draw.text((x + 20, y - 1), name, "black", font)
+    picture.save(path)
+
+
+def figure(args, results):
+    """Draw five test tiles, from the worst to the best scored, or those named by --tiles."""
+    data, split = {(result["args"]["data"], result["args"]["split"]) for result in results}.pop()
+    images, masks, rows = load(data, args.data_root)
+    test = split_tiles(data, rows, split)["test"]
+    if any(len(result["tiles"]) != len(test) or (result["args"]["data"], result["args"]["split"])
+           != (data, split) for result in results):
+        raise ValueError("--figure compares networks of one data set and split: give only those")
+    called = ["{}/{}/{}".format(*rows[i][:3]) for i in test]
+    unknown = [name for name in args.tiles or [] if name not in called]
+    if unknown:
+        raise ValueError(f"--tiles {unknown[0]}: no such test tile; they are called, for one, "
+                         f"{called[0]}")
+    score_of = [[value or 0.0 for value in result["tiles"]] for result in results]
+    order = sorted(range(len(test)), key=lambda k: sum(scores[k] for scores in score_of))
+    chosen = ([called.index(name) for name in args.tiles] if args.tiles else
+              [order[round(step * (len(order) - 1) / 4)] for step in range(5)])
+    batch, labels = get_batch(images, masks, test[chosen], "cpu")
+    predictions = []
+    for result in results:
+        checkpoint = load_checkpoint(result["checkpoint"])
+        model = build_model(checkpoint, result["checkpoint"]).eval()
+        with torch.inference_mode():
+            predictions.append(predict(model(normalize(batch))).numpy().astype(np.uint8))
+    lines = [(called[k], images[test[k]].numpy(), labels[n].numpy().astype(np.uint8),
+              [prediction[n] for prediction in predictions],
+              [f"IoU {100 * scores[k]:.1f}" for scores in score_of])
+             for n, k in enumerate(chosen)]
+    titles = [f"{result['args']['model']}, {result['args']['skip']}" for result in results]
+    draw_figure(titles, lines, CLASSES[data], args.figure)
+    print(f"{args.figure}: {len(chosen)} test tiles")
 
 
 # -----------------------------------------------------------------------------
@@ -240,6 +335,10 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Score trained networks on their test tiles.")
     parser.add_argument("checkpoints", nargs="+", help="best.pt of one run or of several")
     parser.add_argument("--json", metavar="FILE", help="also write all scores to FILE")
+    parser.add_argument("--figure", metavar="PNG", help="draw test tiles and their predictions")
+    parser.add_argument("--tiles", nargs="+", metavar="IMAGE/ROW/COLUMN",
+                        help="test tiles to draw (default: five over the range of scores)")
+    parser.add_argument("--curves", metavar="PNG", help="draw the runs' training curves in one")
     parser.add_argument("--data-root", default="data", help="folder of the prepared data")
     parser.add_argument("--batch-size", type=positive(int), default=8,
                         help="tiles at a time; no score depends on it")
@@ -259,6 +358,11 @@ def main(args):
         print("\nPercent, per tile: mean ± standard deviation over runs (the paper's number)")
     if args.json:
         replace(Path(args.json), json.dumps(results, indent=1))
+    if args.figure:
+        figure(args, results)
+    if args.curves:
+        draw_curves({path.parent.name: read_log(path.with_name("log.csv"))
+                     for path in map(Path, args.checkpoints)}, args.curves)
     return results
 
 

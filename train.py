@@ -284,7 +284,7 @@ def write_log(log, folder):
     """Write log.csv and draw curves.png."""
     lines = [",".join(log[0])] + [",".join(map(repr, row.values())) for row in log]
     replace(folder / "log.csv", "\n".join(lines) + "\n")
-    draw_curves(log, folder / "curves.png", folder.name)
+    draw_curves({folder.name: log}, folder / "curves.png")
 
 
 if __name__ == "__main__":
