@@ -169,7 +169,7 @@ def find_files(folders, suffixes):
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder: give that of the unpacked archives")
-        found |= {path.resolve() for path in folder.rglob("*") if path.suffix.lower() in suffixes
+        found |= {path.absolute() for path in folder.rglob("*") if path.suffix.lower() in suffixes
                   and not path.name.startswith("._") and "__MACOSX" not in path.parts}
     return sorted(found)
 
@@ -466,8 +466,11 @@ def synthetic_tile(rng):
 def get_batch(images, masks, indices, device):
     """Cut tiles out of the set -> images (n, 3, 224, 224) float 0..1, masks (n, 224, 224) int64."""
     indices = indices.to(images.device)
-    batch = images[indices].to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
-    return batch, masks[indices].to(device, non_blocking=True).long()
+    batch, labels = images[indices], masks[indices]
+    if batch.device != device and torch.device(device).type == "cuda":
+        batch, labels = batch.pin_memory(), labels.pin_memory()
+    batch = batch.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+    return batch, labels.to(device, non_blocking=True).long()
 
 
 def normalize(images):

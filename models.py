@@ -10,11 +10,13 @@ import re
 import threading
 import urllib.error
 import urllib.request
+from contextlib import contextmanager, nullcontext
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 def resize(x, size):
@@ -96,8 +98,9 @@ class UNet(nn.Module):
     that are not multiples of 16.
     """
 
-    def __init__(self, skip, num_classes, width=64):
+    def __init__(self, skip, num_classes, width=64, checkpointing=False):
         super().__init__()
+        self.checkpointing = checkpointing
         widths = [width * 2**level for level in range(5)]  # 64 128 256 512 1024
         ups = list(zip(widths[:0:-1], widths[-2::-1]))  # 1024 -> 512 ... 128 -> 64
         self.encoder = nn.ModuleList(self.block(c, d) for c, d in zip([3] + widths, widths))
@@ -119,12 +122,34 @@ class UNet(nn.Module):
                              f"{width}: pad or crop them")
         maps, x = [], images                              # (N, 3, 224, 224)
         for block in self.encoder[:-1]:
-            maps.append(block(x))                         # 64 @ 224, 128 @ 112, 256 @ 56, 512 @ 28
+            maps.append(self.call(block, x))              # 64 @ 224, 128 @ 112, 256 @ 56, 512 @ 28
             x = F.max_pool2d(maps[-1], 2)
         x = self.encoder[-1](x)                           # 1024 @ 14
         for up, block, skip in zip(self.up, self.decoder, reversed(self.skip(maps))):
-            x = block(torch.cat([skip, up(x)], dim=1))    # 512 @ 28, 256 @ 56, 128 @ 112, 64 @ 224
+            x = torch.cat([skip, up(x)], dim=1)
+            x = self.call(block, x)                       # 512 @ 28, 256 @ 56, 128 @ 112, 64 @ 224
         return self.head(x)                               # (N, num_classes, 224, 224)
+
+    def call(self, block, x):
+        """block(x); with checkpointing, what it keeps for the backward pass is computed anew."""
+        if not (self.checkpointing and self.training):
+            return block(x)
+        return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False,
+                          context_fn=lambda: (nullcontext(), statistics_off(block)))
+
+
+@contextmanager
+def statistics_off(block):
+    """While a block is computed anew, keep BatchNorm from counting the same batch twice."""
+    norms = [module for module in block if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, kept):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 # -----------------------------------------------------------------------------
@@ -181,13 +206,14 @@ class SwinUNet(nn.Module):
 MODELS = {"unet": UNet, "swin_unet": SwinUNet}
 
 
-def create_model(model, skip, num_classes, width=64):
+def create_model(model, skip, num_classes, width=64, checkpointing=False):
     """Build one of the paper's networks: `model` from MODELS, `skip` from SKIPS.
 
-    `width` is the U-Net's first-level channel count (paper: 64); Swin-UNet's widths are fixed.
+    `width` is the U-Net's first-level channel count (paper: 64), `checkpointing` has its training
+    recompute activations in place of keeping them; both mean nothing to Swin-UNet.
     """
     if model == "unet":
-        return UNet(skip, num_classes, width)
+        return UNet(skip, num_classes, width, checkpointing)
     return SwinUNet(skip, num_classes)
 
 

@@ -11,8 +11,10 @@ resume from) and, at the end, scores.json of the test tiles.
 
 import argparse
 import hashlib
+import io
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -63,6 +65,11 @@ def parse_args(argv=None):
     parser.add_argument("--weights", type=Path, help="file for Swin-UNet's encoder: Microsoft's, "
                         "timm's or a checkpoint of ours (default: timm's hub)")
     parser.add_argument("--no-pretrained", action="store_true", help="start Swin-UNet from scratch")
+    # Speed and memory
+    parser.add_argument("--compile", action="store_true",
+                        help="torch.compile the network: pays on a GPU, not on a CPU")
+    parser.add_argument("--checkpointing", action="store_true",
+                        help="recompute the U-Net's largest maps: half the memory, more time")
     # Where
     parser.add_argument("--out", type=Path, help="run folder (default: runs/DATA-MODEL-SKIP-seedK)")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's last.pt")
@@ -108,12 +115,18 @@ def main(args):
     if num_steps == 0 or args.batch_size % world:
         raise ValueError(f"--batch-size {args.batch_size}: give at most the {len(parts['train'])} "
                          f"training tiles, and a multiple of the {world} processes")
-    if device.type == "cuda" and images.nbytes < 8e9:
+    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 4:
         images, masks = images.to(device), masks.to(device)
 
     # Model, loss, optimiser. Fused Adam is the same arithmetic in fewer passes over memory.
     torch.manual_seed(args.seed)
-    model = create_model(args.model, args.skip, num_classes, args.width).to(device)
+    model = create_model(args.model, args.skip, num_classes, args.width, args.checkpointing)
+    memory_format = torch.contiguous_format
+    if device.type == "cuda":  # what tensor cores like; on a CPU all of this is slower
+        memory_format = torch.channels_last
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    model.to(device, memory_format=memory_format)
     loss_fn = loss_for(num_classes, args.ignore_index)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and
@@ -141,6 +154,8 @@ def main(args):
         if device.type == "cuda":  # statistics of the whole batch, as one process has them
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         network = nn.parallel.DistributedDataParallel(model)
+    if args.compile:
+        network = torch.compile(network)
     if rank == 0:
         sizes = ", ".join(f"{len(indices)} {part}" for part, indices in parts.items())
         print(f"{args.model}, {args.skip} skip, {sum(p.numel() for p in model.parameters()):,} "
@@ -151,24 +166,31 @@ def main(args):
     losses[:state["step"]] = torch.tensor(state["losses"])
     steps_done, steps_left = 0, (args.epochs - state["epoch"]) * num_steps - state["step"]
     start = saved = shown = time.time()
+    reader = ThreadPoolExecutor(1)
     for epoch in range(state["epoch"] + 1, args.epochs + 1):
         # Train one epoch: the training tiles in an order of its own, without an incomplete batch.
         model.train()
         order = parts["train"][torch.randperm(len(parts["train"]),
                                               generator=generator(args.seed, epoch))]
+
+        def fetch(step):  # a batch, or this process's share of it
+            indices = order[step * args.batch_size:(step + 1) * args.batch_size]
+            return get_batch(images, masks, indices[rank::world], device)
+
+        upcoming = reader.submit(fetch, state["step"])
         for step in range(state["step"], num_steps):
-            # A batch, or this process's share of it. Its chance depends on where in the run it is
-            # alone, so that resuming needs no state of random generators.
+            # Take the batch that was read meanwhile, and warp it. Chance depends on where in the
+            # run we are and on nothing else, so that resuming needs no state of generators.
+            batch, labels = upcoming.result()
+            upcoming = reader.submit(fetch, step + 1) if step + 1 < num_steps else None
             chance = generator(args.seed, epoch, step)
-            indices = order[step * args.batch_size:(step + 1) * args.batch_size][rank::world]
             draws = draw_augmentation(args.batch_size, chance)
-            torch.manual_seed(chance.initial_seed() + rank)  # for Swin's stochastic depth
-            batch, labels = get_batch(images, masks, indices, device)
             batch, labels = augment(batch, labels, {k: v[rank::world] for k, v in draws.items()})
+            torch.manual_seed(chance.initial_seed() + rank)  # for Swin's stochastic depth
 
             # Forward, backward, step. The scaler does nothing except for float16.
             with autocast(device):
-                logits = network(normalize(batch))
+                logits = network(normalize(batch).contiguous(memory_format=memory_format))
             loss = loss_fn(logits, labels).mean()
             optimizer.zero_grad()
             scaler.scale(loss).backward()
@@ -251,12 +273,17 @@ def save(path, state, model, optimizer=None, scaler=None):
     tensors = {"model": model.state_dict()}
     if optimizer:
         tensors |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    buffer = io.BytesIO()  # on a full disk a plain write says so
+    torch.save(state | tensors, buffer)
     beside = path.with_name(path.name + ".tmp")
-    with open(beside, "wb") as file:
-        torch.save(state | tensors, file)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with open(beside, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def resume(path, state, model, optimizer, scaler):

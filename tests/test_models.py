@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import models
 from models import (MODELS, SKIPS, ConvSkip, FusionSkip, StandardSkip, SwinUNet, UNet, build_model,
@@ -121,6 +122,56 @@ def test_unet_concatenates_what_the_skip_returns():
     for level in range(4):
         network.skip.forward = lambda maps: [0 * x if i == level else x for i, x in enumerate(maps)]
         assert (network(images) - before).abs().max() > 1e-4, level
+
+
+def kept_for_backward(network, images):
+    """Bytes of the distinct tensors that a forward pass keeps, weights aside, and its output."""
+    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = network(images)
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items()
+               if address not in weights), logits
+
+
+def test_checkpointing_changes_nothing_but_memory():
+    torch.manual_seed(0)
+    plain = UNet("fusion", num_classes=3, width=8)
+    saving = UNet("fusion", num_classes=3, width=8, checkpointing=True)
+    saving.load_state_dict(plain.state_dict())
+    images, kept = torch.randn(2, 3, 64, 64), []
+    for network in plain, saving:
+        size, logits = kept_for_backward(network, images)
+        logits.square().mean().backward()
+        kept.append(size)
+    for a, b in zip(plain.parameters(), saving.parameters()):
+        torch.testing.assert_close(a.grad, b.grad)
+    for a, b in zip(plain.buffers(), saving.buffers()):  # counted once, though computed twice
+        torch.testing.assert_close(a, b)
+    assert kept[1] < 0.55 * kept[0]
+
+
+def test_fusion_multiplies_less_than_convolving_first():
+    channels, maps = [8, 16, 32], maps_of([8, 16, 32], [64, 32, 16])
+    skip = FusionSkip(channels)
+    flops = []
+    for order in ("cheap", "naive"):
+        with FlopCounterMode(display=False) as counter:
+            if order == "cheap":
+                skip(maps)
+            else:
+                for i in range(3):
+                    for j in range(3):
+                        if j != i:
+                            models.resize(skip.match[i][j](maps[j]), maps[i].shape[2:])
+                    skip.convs[i](maps[i])
+        flops.append(counter.get_total_flops())
+    assert flops[0] < 0.6 * flops[1]
 
 
 def test_swin_taps_equal_timm_stage_by_stage(swin):
@@ -239,7 +290,7 @@ def test_swin_unet_overfits_two_tiles(swin):
     images, masks = normalize(images.permute(0, 3, 1, 2) / 255), masks.float()
     network = copy.deepcopy(swin)
     optimizer = torch.optim.Adam(network.parameters(), 1e-3)
-    for _ in range(40):
+    for _ in range(15):
         loss = F.binary_cross_entropy_with_logits(network(images)[:, 0], masks)
         optimizer.zero_grad()
         loss.backward()
