@@ -12,6 +12,7 @@ resume from) and, at the end, scores.json of the test tiles.
 import argparse
 import hashlib
 import io
+import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -131,7 +132,7 @@ def main(args):
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and
                                   autocast(device).fast_dtype == torch.float16)
-    parts_of_run = model, optimizer, scaler
+    trained = model, optimizer, scaler
 
     # Start, or go on from last.pt. `state` is what a checkpoint holds beside tensors.
     best, last = args.out / "best.pt", args.out / "last.pt"
@@ -139,24 +140,23 @@ def main(args):
              "split": fingerprint(rows, parts), "weights": "from scratch", "epoch": 0, "step": 0,
              "losses": [], "log": []}
     if args.resume:
-        state = resume(last, state, *parts_of_run)
+        state = resume(last, state, *trained)
     elif last.exists():
         raise ValueError(f"{args.out} holds a run already: go on with it by --resume, or name "
                          "another folder with --out")
-    else:
-        if args.model == "swin_unet" and not args.no_pretrained:
-            state["weights"] = load_encoder(model.encoder, args.weights)
-        if rank == 0:
-            args.out.mkdir(parents=True, exist_ok=True)
-            save(last, state, *parts_of_run)
+    elif args.model == "swin_unet" and not args.no_pretrained:
+        state["weights"] = load_encoder(model.encoder, args.weights)
     network = model
     if world > 1:
+        dist.barrier()  # every process has looked for last.pt
         if device.type == "cuda":  # statistics of the whole batch, as one process has them
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         network = nn.parallel.DistributedDataParallel(model)
     if args.compile:
         network = torch.compile(network)
     if rank == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        save(last, state, *trained)
         sizes = ", ".join(f"{len(indices)} {part}" for part, indices in parts.items())
         print(f"{args.model}, {args.skip} skip, {sum(p.numel() for p in model.parameters()):,} "
               f"parameters, {state['weights']}, on {device.type}")
@@ -213,10 +213,12 @@ def main(args):
             if rank == 0 and now - saved > 60 * args.save_every and step < num_steps - 1:
                 check_finite(losses[:step + 1], epoch, last)
                 save(last, state | {"step": step + 1, "losses": losses[:step + 1].tolist()},
-                     *parts_of_run)
+                     *trained)
                 saved = now
 
         # Validate, then write the log, the best epoch's weights, and all that it takes to go on.
+        for buffer in model.buffers() if world > 1 else ():
+            dist.broadcast(buffer, 0)  # on CPUs each process has its own BatchNorm statistics
         confusions, val_losses = evaluate(model, images, masks, parts["val"], loss_fn, device,
                                           args.batch_size, rank, world)
         scores = score(confusions, args.ignore_index)
@@ -233,7 +235,7 @@ def main(args):
             if log[-1]["val_iou_per_tile"] == max(row["val_iou_per_tile"] for row in log):
                 save(best, state, model)
             write_log(log, args.out)
-            save(last, state, *parts_of_run)
+            save(last, state, *trained)
             saved = time.time()
 
     # Test the best epoch, once.
@@ -247,7 +249,8 @@ def main(args):
     if rank == 0:
         print(f"test, {len(parts['test'])} tiles, weights of epoch {checkpoint['epoch']}, percent")
         print(table(scores, CLASSES[args.data]))
-        print(f"in {args.out}: best.pt, last.pt, log.csv, curves.png")
+        replace(args.out / "scores.json", json.dumps(state["args"] | scores, indent=1))
+        print(f"in {args.out}: best.pt, last.pt, log.csv, curves.png, scores.json")
     if world > 1:
         dist.destroy_process_group()
     return scores["per_tile"]["iou"]
