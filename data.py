@@ -274,17 +274,16 @@ def prepare(data, folders, root, **options):
 
     # Read a few files at a time, write their tiles, note how far we are. (Plain writes: where the
     # disk is full they raise, while writing to a memory map would kill the process.)
-    start, first, chunk = time.time(), state["done"], max(1, 64 // per_item)
+    start, first, chunk = time.time(), state["done"], 256 // per_item
     with (ThreadPoolExecutor(os.cpu_count()) as pool, open(partial / "images.npy", "r+b") as images,
           open(partial / "masks.npy", "r+b") as masks):
         for file, shape in zip((images, masks), TILES_ON_DISK.values()):
             file.seek(-math.prod(shape) * (len(rows) - first * per_item), os.SEEK_END)
-        for i in range(first, len(items), chunk):
-            batch = items[i:i + chunk]
-            for image, mask in pool.map(lambda item: read(*item[:2]), batch):
+        for done in range(first, len(items), chunk):
+            for image, mask in pool.map(lambda item: read(*item[:2]), items[done:done + chunk]):
                 images.write(image.tobytes()), masks.write(mask.tobytes())
             images.flush(), masks.flush()
-            done = i + len(batch)
+            done = min(done + chunk, len(items))
             replace(progress, json.dumps(state | {"done": done}))
             left = (time.time() - start) / (done - first) * (len(items) - done)
             live(f"{data}: {done}/{len(items)} files, {left:.0f} s left")
@@ -292,16 +291,26 @@ def prepare(data, folders, root, **options):
     # Complete: the table, then the name that the other scripts look for.
     with open(partial / "tiles.csv", "w", newline="") as file:
         csv.writer(file).writerows([("image", "row", "column", "official"), *rows])
-    progress.unlink()
     partial.rename(final)
+    Path(final, progress.name).unlink()
     live(f"{final}: {len(rows)} tiles from {len(items)} files in {time.time() - start:.0f} s\n")
 
 
-def replace(path, text):
-    """Write a small file so that it is always whole: beside its name, then renamed."""
+def replace(path, content):
+    """Write a file, bytes or text, so that it is whole at any moment: beside its name, flushed,
+    then renamed. Raises OSError naming it, and leaves the old one, where that fails."""
+    path = Path(path)
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text)
-    beside.replace(path)
+    try:
+        with open(beside, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written ({error.strerror}): the old one, if any, is "
+                      "whole") from None
 
 
 def live(line):
@@ -619,7 +628,13 @@ def main(args):
         preview(args.data, args.data_root, args.out, args.seed)
     else:
         options = {"later_images": True} if args.later_images else {}
-        prepare(args.data, args.folders, args.data_root, **options)
+        try:
+            prepare(args.data, args.folders, args.data_root, **options)
+        except OSError as error:
+            if error.errno is None:  # one of ours, it says what to do
+                raise
+            raise OSError(f"{error.filename or args.data_root}: {error.strerror}: mend that, and "
+                          "the same command goes on where it was") from None
 
 
 def run(main, args, after_interrupt="nothing unfinished was kept"):

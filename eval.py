@@ -357,7 +357,7 @@ def main(args):
         print(table_2(results))
         print("\nPercent, per tile: mean ± standard deviation over runs (the paper's number)")
     if args.json:
-        replace(Path(args.json), json.dumps(results, indent=1))
+        replace(args.json, json.dumps(results, indent=1))
     if args.figure:
         figure(args, results)
     if args.curves:

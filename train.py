@@ -276,17 +276,9 @@ def save(path, state, model, optimizer=None, scaler=None):
     tensors = {"model": model.state_dict()}
     if optimizer:
         tensors |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    buffer = io.BytesIO()  # on a full disk a plain write says so
+    buffer = io.BytesIO()
     torch.save(state | tensors, buffer)
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        with open(beside, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    replace(path, buffer.getbuffer())
 
 
 def resume(path, state, model, optimizer, scaler):
