@@ -18,6 +18,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -28,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 
+warnings.filterwarnings("ignore", module="PIL")  # of damaged files, what we say is enough
 TILE = 224  # pixels, the side of a tile
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -70,11 +72,15 @@ def read_image(path, modes):
     try:
         with Image.open(path) as image:
             image.load()
+            depths = getattr(image, "tag_v2", {}).get(258, (8,))  # of a TIFF, bits per sample
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image ({error}): fetch it again") from None
     if image.mode not in modes:
         raise ValueError(f"{path}: Pillow mode {image.mode}, not {' or '.join(modes)}: "
                          "convert it, or export it again as 8-bit")
+    if image.mode == "RGB" and max(depths) > 8:
+        raise ValueError(f"{path}: {max(depths)} bits a channel, of which Pillow keeps the upper 8 "
+                         "alone: export it again as 8-bit")
     return image
 
 
@@ -90,7 +96,7 @@ def read_polygons(path, size):
     try:
         regions = [np.array([(v.attrib["X"], v.attrib["Y"]) for v in region.iter("Vertex")], float)
                    for region in ET.fromstring(text).iter("Region")]
-    except (ET.ParseError, KeyError, ValueError) as error:
+    except (ET.ParseError, LookupError, ValueError) as error:
         raise ValueError(f"{path}: not a readable annotation ({error}): fetch it again") from None
     if not regions:
         raise ValueError(f"{path}: holds no Region: fetch it again")
@@ -98,7 +104,7 @@ def read_polygons(path, size):
     draw = ImageDraw.Draw(mask)
     for number, vertices in enumerate(regions, 1):
         if len(vertices) < 3:  # two of the 44 images have such a slip of the mouse
-            print(f"{path.name}: left out region {number}, {len(vertices)} points enclose nothing")
+            live(f"{path.name}: left out region {number}, {len(vertices)} points enclose nothing\n")
             continue
         low, high = vertices.min(axis=0), vertices.max(axis=0)
         if not (np.isfinite(vertices).all() and (high >= 0).all() and (low < size).all()
@@ -125,7 +131,7 @@ def read_monuseg(image_path, mask_path):
     if image.size != (1000, 1000):
         raise ValueError(f"{image_path}: {image.width} x {image.height} pixels, but every MoNuSeg "
                          "image is 1000 x 1000: fetch it again")
-    if mask_path.suffix == ".xml":
+    if mask_path.suffix.lower() == ".xml":
         mask = read_polygons(mask_path, image.size)
     else:
         mask = read_mask(mask_path)
@@ -252,10 +258,12 @@ def prepare(data, folders, root, **options):
     Works in ROOT/DATA.partial, continues there after an interruption, and renames it when whole.
     Raises ValueError naming the first raw file that cannot be used; what is done stays.
     """
-    final, partial = Path(root, data), Path(root, data + ".partial")
-    if final.exists():
+    final, working = Path(root, data), Path(root, data + ".partial")
+    if (final / "tiles.csv").exists():
         print(f"{final} is prepared already; remove it to prepare it again")
         return
+    if final.exists():
+        raise FileExistsError(f"{final}: is in the way of the prepared tiles: move it elsewhere")
     find, read = READERS[data]
     items = find(folders, **options)
     rows = [row for _, _, rows in items for row in rows]
@@ -263,20 +271,20 @@ def prepare(data, folders, root, **options):
 
     # Start, or continue if the partial folder was made from the very same list.
     fingerprint = hashlib.sha256(json.dumps([[str(p) for p in items[0][:2]], rows]).encode())
-    progress = partial / "progress.json"
+    progress = working / "progress.json"
     state = json.loads(progress.read_text()) if progress.exists() else {}
     if state.get("list") != fingerprint.hexdigest():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        shutil.rmtree(working, ignore_errors=True)
+        working.mkdir(parents=True)
         state = {"list": fingerprint.hexdigest(), "done": 0}
         for name, shape in TILES_ON_DISK.items():
-            np.lib.format.open_memmap(partial / f"{name}.npy", "w+", np.uint8, (len(rows), *shape))
+            np.lib.format.open_memmap(working / f"{name}.npy", "w+", np.uint8, (len(rows), *shape))
 
     # Read a few files at a time, write their tiles, note how far we are. (Plain writes: where the
     # disk is full they raise, while writing to a memory map would kill the process.)
     start, first, chunk = time.time(), state["done"], 256 // per_item
-    with (ThreadPoolExecutor(os.cpu_count()) as pool, open(partial / "images.npy", "r+b") as images,
-          open(partial / "masks.npy", "r+b") as masks):
+    with (ThreadPoolExecutor(os.cpu_count()) as pool, open(working / "images.npy", "r+b") as images,
+          open(working / "masks.npy", "r+b") as masks):
         for file, shape in zip((images, masks), TILES_ON_DISK.values()):
             file.seek(-math.prod(shape) * (len(rows) - first * per_item), os.SEEK_END)
         for done in range(first, len(items), chunk):
@@ -289,9 +297,9 @@ def prepare(data, folders, root, **options):
             live(f"{data}: {done}/{len(items)} files, {left:.0f} s left")
 
     # Complete: the table, then the name that the other scripts look for.
-    with open(partial / "tiles.csv", "w", newline="") as file:
+    with open(working / "tiles.csv", "w", newline="") as file:
         csv.writer(file).writerows([("image", "row", "column", "official"), *rows])
-    partial.rename(final)
+    working.rename(final)
     Path(final, progress.name).unlink()
     live(f"{final}: {len(rows)} tiles from {len(items)} files in {time.time() - start:.0f} s\n")
 
@@ -314,7 +322,7 @@ def replace(path, content):
 
 
 def live(line):
-    """Show a line that the next one replaces, on a terminal; elsewhere only those that end."""
+    """Show a line that the next one replaces, on a terminal; elsewhere only lines that end."""
     if sys.stdout.isatty():
         print("\r\x1b[K" + line, end="", flush=True)
     elif line.endswith("\n"):
@@ -332,9 +340,13 @@ def load(data, root):
     folder, again = Path(root, data), f"run ./prepare_data.sh {data}"
     if not (folder / "tiles.csv").exists():
         raise FileNotFoundError(f"{folder}: {data} is not prepared: {again}")
-    with open(folder / "tiles.csv", newline="") as file:
-        rows = [(row["image"], int(row["row"]), int(row["column"]), row["official"])
-                for row in csv.DictReader(file)]
+    try:
+        with open(folder / "tiles.csv", newline="") as file:
+            rows = [(row["image"], int(row["row"]), int(row["column"]), row["official"])
+                    for row in csv.DictReader(file)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'tiles.csv'}: damaged ({error!r}): remove {folder} and "
+                         f"{again}") from None
     tensors = []
     for name, shape in TILES_ON_DISK.items():
         path = folder / f"{name}.npy"
@@ -350,8 +362,8 @@ def load(data, root):
 
 
 # -----------------------------------------------------------------------------
-# Splits. The order that decides is a hash of names: the same with every --seed, on every machine,
-# with every version of anything, and adding a tile moves no other.
+# Splits. The order that decides is a hash of names: the same with every --seed, on every machine
+# and with every version of anything.
 
 
 def draw(rows, pool, fraction, unit):
@@ -490,7 +502,8 @@ def normalize(images):
 
 
 # Strengths; the paper names the six augmentations and gives no values, so all of these are ours.
-CHANCE = 0.5          # of each augmentation, for each tile
+CHANCE = 0.5          # of each flip, of rotation and of brightness, for each tile
+DISTORT = 0.25        # of elastic transformation and of grid distortion, which blur a little
 ELASTIC_CELLS = 7     # elastic: random shifts on a grid of 7 x 7 cells of 32 pixels,
 ELASTIC_STD = 8       # pixels, their standard deviation before smoothing
 GRID_CELLS = 5        # grid distortion: rows and columns of 5 cells each grow or shrink
@@ -507,17 +520,17 @@ def draw_augmentation(n, generator):
     def uniform(*shape):  # -1..1
         return 2 * torch.rand(*shape, generator=generator) - 1
 
-    def chance(*shape):
-        return (torch.rand(*shape, generator=generator) < CHANCE).float()
+    def chance(*shape, of=CHANCE):
+        return (torch.rand(*shape, generator=generator) < of).float()
 
     flips = 1 - 2 * chance(n, 2)
     angle = math.pi * uniform(n) * chance(n)
     rotation = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), 1).view(n, 2, 2)
-    widths = 1 + GRID_STRETCH * uniform(n, 2, GRID_CELLS) * chance(n, 1, 1)
+    widths = 1 + GRID_STRETCH * uniform(n, 2, GRID_CELLS) * chance(n, 1, 1, of=DISTORT)
     lines = F.pad(widths.cumsum(2) / widths.sum(2, keepdim=True), (1, 0)) * 2 - 1
     shifts = torch.randn(n, 2, ELASTIC_CELLS + 3, ELASTIC_CELLS + 3, generator=generator)
     return {"matrix": rotation * flips[:, None], "columns": lines[:, 0], "rows": lines[:, 1],
-            "elastic": shifts * chance(n, 1, 1, 1) * ELASTIC_STD * 2 / TILE,
+            "elastic": shifts * chance(n, 1, 1, 1, of=DISTORT) * ELASTIC_STD * 2 / TILE,
             "brightness": 1 + BRIGHTNESS * uniform(n) * chance(n)}
 
 
@@ -643,6 +656,7 @@ def run(main, args, after_interrupt="nothing unfinished was kept"):
     try:
         main(args)
     except (ValueError, OSError) as error:
+        live("")
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -651,4 +665,4 @@ def run(main, args, after_interrupt="nothing unfinished was kept"):
 
 
 if __name__ == "__main__":
-    run(main, parse_args())
+    run(main, parse_args(), "the same command goes on where it was")

@@ -171,7 +171,8 @@ def table_2(results):
     for (name, model, skip), runs in sorted(groups.items(), reverse=True):
         line = f"| {name} | {skip} |"
         for column in columns:
-            paper = PAPER.get((column[0], model, skip), (None, None))
+            same = column[1] == "tile" and name == model  # the paper's split and width
+            paper = PAPER.get((column[0], model, skip) if same else None, (None, None))
             values = runs.get(column)
             line += (f" {cell(values, 'iou', paper[0])} | {cell(values, 'f1', paper[1])} | "
                      f"{len(values)} |" if values else " - | - | - |")

@@ -333,12 +333,14 @@ def load_checkpoint(path):
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["args"]["model"], checkpoint["model"]
+        missing = {"model", "args", "num_classes", "split", "epoch", "log"} - set(checkpoint)
     except OSError:
         raise
     except Exception as error:  # torch.load has no common base for what a damaged file raises
         raise ValueError(f"{path}: not a checkpoint of train.py, or damaged "
                          f"({first_line(error)})") from None
+    if missing:
+        raise ValueError(f"{path}: not a checkpoint of train.py: it holds no {missing.pop()}")
     return checkpoint
 
 

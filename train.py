@@ -141,7 +141,7 @@ def main(args):
              "losses": [], "log": []}
     if args.resume:
         state = resume(last, state, *trained)
-    elif last.exists():
+    elif last.exists() or best.exists() or (args.out / "log.csv").exists():
         raise ValueError(f"{args.out} holds a run already: go on with it by --resume, or name "
                          "another folder with --out")
     elif args.model == "swin_unet" and not args.no_pretrained:
@@ -204,14 +204,14 @@ def main(args):
             steps_done, steps_left, now = steps_done + 1, steps_left - 1, time.time()
             if now - shown > 1 or step == num_steps - 1:
                 shown = now
-                check_finite(losses[:step + 1], epoch, last)
+                check_finite(losses[:step + 1], f"epoch {epoch}, step", last)
                 speed = steps_done * args.batch_size / (now - start)
                 left = time.strftime("%H:%M:%S", time.gmtime(steps_left * args.batch_size / speed))
                 if rank == 0:
                     live(f"epoch {epoch}/{args.epochs} step {step + 1}/{num_steps}: loss "
                          f"{losses[step].item():.4f}, {speed:.1f} images/s, {left} left")
             if rank == 0 and now - saved > 60 * args.save_every and step < num_steps - 1:
-                check_finite(losses[:step + 1], epoch, last)
+                check_finite(losses[:step + 1], f"epoch {epoch}, step", last)
                 save(last, state | {"step": step + 1, "losses": losses[:step + 1].tolist()},
                      *trained)
                 saved = now
@@ -221,6 +221,7 @@ def main(args):
             dist.broadcast(buffer, 0)  # on CPUs each process has its own BatchNorm statistics
         confusions, val_losses = evaluate(model, images, masks, parts["val"], loss_fn, device,
                                           args.batch_size, rank, world)
+        check_finite(val_losses, f"epoch {epoch}, validation tile", last)
         scores = score(confusions, args.ignore_index)
         log.append({"epoch": epoch, "train_loss": losses.mean().item(),
                     "val_loss": val_losses.mean().item(),
@@ -262,13 +263,13 @@ def generator(*numbers):
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 2)
 
 
-def check_finite(losses, epoch, last):
-    """ValueError if one of this epoch's losses is not a number: it would ruin the checkpoint."""
+def check_finite(losses, place, last):
+    """ValueError if one of the losses is not a number: saving now would ruin the checkpoint."""
     bad = (~losses.isfinite()).nonzero()
     if len(bad):
-        raise ValueError(f"the loss is {losses[bad[0, 0]].item()} in epoch {epoch}, step "
-                         f"{bad[0, 0].item() + 1}: try a smaller --lr in another --out; {last} "
-                         "holds the last good state")
+        first = bad[0, 0].item()
+        raise ValueError(f"the loss is {losses[first].item()} in {place} {first + 1}: try a "
+                         f"smaller --lr in another --out; {last} holds the last good state")
 
 
 def save(path, state, model, optimizer=None, scaler=None):
@@ -289,6 +290,8 @@ def resume(path, state, model, optimizer, scaler):
     if not path.exists():
         raise FileNotFoundError(f"{path}: no run to go on with: start it without --resume")
     checkpoint = load_checkpoint(path)
+    if "optimizer" not in checkpoint:
+        raise ValueError(f"{path}: holds weights alone, nothing to go on with: was it a best.pt?")
     for name, value in state["args"].items():
         if checkpoint["args"].get(name) != value and name != "epochs":
             raise ValueError(f"--{name.replace('_', '-')} {value}: {path} was trained with "

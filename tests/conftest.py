@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / "shared" / "data"
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny maps: a second thread mostly waits, much longer on a busy machine
 
 
 @pytest.fixture

@@ -1,0 +1,646 @@
+"""data.py: raw files to tiles and splits, the synthetic set, augmented batches.
+
+Fake MoNuSeg folders, written here; the 44 real images are prepared once, where there are any.
+"""
+
+import hashlib
+import json
+import math
+import random
+import re
+import shutil
+import struct
+import time
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED
+from PIL import Image
+
+import data
+
+SQUARE = [(100, 100), (400, 100), (400, 300), (100, 300)]
+LATER = data.MONUSEG_LATER[1]
+
+
+def noise(*shape, high=256):
+    return np.random.default_rng(0).integers(high, size=shape, dtype=np.uint8)
+
+
+def xml(*polygons):
+    regions = "".join("<Region><Vertices>" + "".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in p)
+                      + "</Vertices></Region>" for p in polygons)
+    return f"<Annotations><Annotation><Regions>{regions}</Regions></Annotation></Annotations>"
+
+
+def write_raw(folder, *names):
+    """A raw folder: flat images, each with a rectangle, no two of the same colour and height."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        shade = sum(name.encode()) % 256
+        image = Image.new("RGB", (1000, 1000), (shade, 90, 160))
+        image.save(folder / f"{name}.tif", compression="tiff_lzw")
+        (folder / f"{name}.xml").write_text(xml([(9, 9), (700, 9), (700, 300 + shade), (9, 99)]))
+    return folder
+
+
+def write_prepared(root, n):
+    folder = root / "monuseg"
+    folder.mkdir()
+    np.save(folder / "images.npy", noise(n, 224, 224, 3))
+    np.save(folder / "masks.npy", noise(n, 224, 224, high=2))
+    (folder / "tiles.csv").write_text("image,row,column,official\n" + "a,0,1,train\n" * n)
+    return folder
+
+
+def prepare(raw, root):
+    data.prepare("monuseg", [raw], root)
+
+
+def content(root):
+    """All files below `root`: whatever a preparation leaves over shows up, too."""
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+# -----------------------------------------------------------------------------
+# Preparation.
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """The real images, prepared -> images, masks, rows, seconds it took."""
+    if not SHARED.exists():
+        pytest.skip(f"no real data at {SHARED}")
+    root, start = tmp_path_factory.mktemp("real"), time.time()
+    prepare(SHARED / "monuseg", root)
+    yield *data.load("monuseg", root), time.time() - start
+    shutil.rmtree(root)
+
+
+def test_704_tiles_from_44_images_in_under_a_minute(real):
+    images, masks, rows, seconds = real
+    assert images.shape == (704, 224, 224, 3) and masks.shape == (704, 224, 224)
+    assert len(set(rows)) == 704 and seconds < 60
+    parts = dict((row[0], row[3]) for row in rows)
+    assert Counter(parts.values()) == {"train": 30, "test": 14}
+    assert {name for name in parts if parts[name] == "test"} == set(data.MONUSEG_TEST)
+    sizes = {part: len(indices) for part, indices in
+             data.split_tiles("monuseg", rows, "tile").items()}
+    assert sizes == {"train": 493, "val": 141, "test": 70}
+
+
+def test_real_masks_lie_on_the_dark_nuclei(real):
+    red, masks = real[0][::16, :, :, 0].numpy(), real[1][::16].numpy()
+    darker = [r[m == 1].mean() < r[m == 0].mean() for r, m in zip(red, masks) if m.any()]
+    assert len(darker) > 40 and np.mean(darker) > 0.95
+
+
+def test_tiles_reassemble_to_the_resized_image(tmp_path):
+    pictures = {"b": noise(1000, 1000, 3), "a": 255 - noise(1000, 1000, 3)}
+    for name, picture in pictures.items():
+        Image.fromarray(picture).save(tmp_path / f"{name}.tif")
+        Image.fromarray(picture[..., 0] % 2).save(tmp_path / f"{name}.png")
+    prepare(tmp_path, tmp_path)
+    images, masks, rows = data.load("monuseg", tmp_path)
+    assert len(images) == len(masks) == len(rows) == 32
+    for name, picture in pictures.items():
+        image, mask = np.zeros((896, 896, 3), np.uint8), np.zeros((896, 896), np.uint8)
+        for i, (source, row, column, _) in enumerate(rows):
+            if source == name:
+                place = np.s_[224 * row:224 * row + 224, 224 * column:224 * column + 224]
+                image[place], mask[place] = images[i], masks[i]
+        for tiles, source, kind in ((image, picture, Image.Resampling.BILINEAR),
+                                    (mask, picture[..., 0] % 2, Image.Resampling.NEAREST)):
+            assert (tiles == np.asarray(Image.fromarray(source).resize((896, 896), kind))).all()
+
+
+def test_tiles_csv_names_image_row_column_and_official_part(tmp_path):
+    test = data.MONUSEG_TEST[0]
+    prepare(write_raw(tmp_path / "raw", "a", test), tmp_path)
+    expected = [(name, row, column, part) for name, part in ((test, "test"), ("a", "train"))
+                for row in range(4) for column in range(4)]
+    assert data.load("monuseg", tmp_path)[2] == expected
+    assert (tmp_path / "monuseg" / "tiles.csv").read_text().splitlines() == [
+        "image,row,column,official", *(",".join(map(str, row)) for row in expected)]
+
+
+@pytest.mark.parametrize("polygons, picture", [
+    pytest.param([[(2, 1), (6, 1), (2, 5)]],
+                 "........ ..#####. ..####.. ..###... ..##.... ..#.....", id="outline included"),
+    pytest.param([[(0, 0), (3, 0), (3, 3), (0, 3)], [(2, 2), (6, 2), (6, 4), (2, 4)]],
+                 "####.... ####.... #######. #######. ..#####. ........", id="overlap is a union"),
+    pytest.param([[(1.9, 1.2), (4.9, 1.0), (4.1, 3.7), (1.0, 3.9)]],
+                 "........ .####... .####... .####... ........ ........", id="float vertices"),
+    pytest.param([[(5, -3), (9, -3), (9, 2), (5, 2)], [(-1, 4), (1, 4), (1, 9), (-1, 9)]],
+                 ".....### .....### .....### ........ ##...... ##......", id="clipped at borders"),
+])
+def test_polygon_raster_matches_reference_mask(tmp_path, polygons, picture):
+    (tmp_path / "a.xml").write_text(xml(*polygons))
+    mask = np.asarray(data.read_polygons(tmp_path / "a.xml", (8, 6)))
+    assert ["".join(".#"[value] for value in line) for line in mask] == picture.split()
+
+
+@pytest.mark.parametrize("high", [1, 255])
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "red palette", "1", "RGB"])
+def test_png_of_any_mode_equals_its_xml(tmp_path, mode, high):
+    write_raw(tmp_path, "a")
+    (tmp_path / "a.xml").write_text(xml(SQUARE, [(350.5, 250), (990, 260.2), (600, 1003)]))
+    mask = data.read_polygons(tmp_path / "a.xml", (1000, 1000))
+    if mode == "red palette":
+        mask.putpalette([0, 0, 0, high, 0, 0])  # turns it into mode P
+    else:
+        mask = mask.point(lambda value: value * (255 if mode == "1" else high)).convert(mode)
+    assert mask.mode == ("P" if "palette" in mode else mode)
+    mask.save(tmp_path / "a.png")
+    (images, masks), expected = (data.read_monuseg(tmp_path / "a.tif", tmp_path / f"a.{suffix}")
+                                 for suffix in ("png", "xml"))
+    assert (images == expected[0]).all() and (masks == expected[1]).all()
+    assert masks.shape == (16, 224, 224) and set(np.unique(masks)) == {0, 1}
+
+
+def test_suffixes_may_be_upper_case(tmp_path):
+    prepare(write_raw(tmp_path / "raw", "a"), tmp_path / "lower")
+    for path in list((tmp_path / "raw").iterdir()):
+        path.rename(path.with_suffix(path.suffix.upper()))
+    prepare(tmp_path / "raw", tmp_path / "upper")
+    assert content(tmp_path / "upper") == content(tmp_path / "lower")
+
+
+def test_debris_of_archives_is_ignored(tmp_path):
+    (write_raw(tmp_path / "raw", "a") / "__MACOSX").mkdir()
+    for debris in "._a.tif", "._b.xml", "__MACOSX/a.tif", "__MACOSX/b.xml", "Thumbs.db":
+        (tmp_path / "raw" / debris).write_bytes(b"debris")
+    prepare(tmp_path / "raw", tmp_path)
+    assert {row[0] for row in data.load("monuseg", tmp_path)[2]} == {"a"}
+
+
+@pytest.mark.parametrize("flags, kept", [([], {"a"}), (["--later-images"], {"a", LATER})])
+def test_later_images_are_left_out_aloud_unless_asked_for(tmp_path, capsys, flags, kept):
+    folders = write_raw(tmp_path / "one", "a"), write_raw(tmp_path / "two", LATER)
+    data.main(data.parse_args(["prepare", "monuseg", "--data-root", str(tmp_path), *flags,
+                               "--from", *map(str, folders)]))
+    assert {row[0] for row in data.load("monuseg", tmp_path)[2]} == kept
+    assert bool(re.search(f"left out 1.*--later-images.*{LATER}",
+                          capsys.readouterr().out)) == (LATER not in kept)
+
+
+def test_two_point_polygons_are_left_out_aloud(tmp_path, capsys):
+    (tmp_path / "slip.xml").write_text(xml([(1, 1), (3, 3)], [(2, 2), (4, 2), (4, 4)]))
+    mask = np.asarray(data.read_polygons(tmp_path / "slip.xml", (8, 6)))
+    assert re.search(r"slip\.xml.*region 1\b", capsys.readouterr().out)
+    assert mask.sum() == 6 and mask[2, 2] and not mask[1, 1]
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A MoNuSeg without files, of small tiles; counts what is read, and one image may break off."""
+    fake = SimpleNamespace(images=range(40), reads=Counter(), broken=None, error=None)
+
+    def find(folders):
+        return [(Path(str(i)), Path(str(i)), [(str(i), 0, j, "train") for j in range(16)])
+                for i in fake.images]
+
+    def read(image, mask):
+        number = int(image.name)
+        fake.reads[number] += 1
+        if number == fake.broken:
+            raise fake.error
+        return np.full((16, 32, 32, 3), number, np.uint8), np.full((16, 32, 32), number, np.uint8)
+    monkeypatch.setitem(data.READERS, "monuseg", (find, read))
+    monkeypatch.setattr(data, "TILES_ON_DISK", {"images": (32, 32, 3), "masks": (32, 32)})
+    return fake
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("30.tif: cut")],
+                         ids=["interrupted", "broken file"])
+def test_stopped_preparation_keeps_its_work_and_goes_on(tmp_path, fake, error):
+    prepare("raw", tmp_path / "fresh")
+    fake.reads.clear()
+    fake.broken, fake.error = 30, error
+    with pytest.raises(type(error)):
+        prepare("raw", tmp_path / "root")
+    assert not (tmp_path / "root" / "monuseg").exists()
+    fake.broken = None  # the file is mended
+    prepare("raw", tmp_path / "root")
+    assert fake.reads[0] == 1 and fake.reads[30] == 2 and fake.reads[39] >= 1
+    assert content(tmp_path / "root") == content(tmp_path / "fresh")
+
+
+def test_work_on_another_list_of_files_is_not_continued(tmp_path, fake):
+    fake.broken, fake.error = 30, KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        prepare("raw", tmp_path / "root")
+    fake.broken, fake.images = None, range(1, 41)
+    prepare("raw", tmp_path / "root")
+    prepare("raw", tmp_path / "fresh")
+    assert content(tmp_path / "root") == content(tmp_path / "fresh")
+
+
+def test_preparing_twice_does_nothing_and_says_so(tmp_path, fake, capsys):
+    prepare("raw", tmp_path)
+    before = content(tmp_path)
+    assert before.keys() == {f"monuseg/{name}" for name in ("images.npy", "masks.npy", "tiles.csv")}
+    fake.images = range(50)
+    prepare("raw", tmp_path)
+    assert "prepared already" in capsys.readouterr().out
+    assert fake.reads.total() == 40 and content(tmp_path) == before
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path, fake):
+    fake.images = range(200)
+    tracemalloc.start()
+    prepare("raw", tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50 * 16 * 32 * 32 * 4  # never the tiles of more than 50 of the 200 at a time
+
+
+def test_raw_files_in_the_place_of_the_tiles_do_not_pass_for_prepared(tmp_path, capsys):
+    raw = write_raw(tmp_path / "monuseg", "a")
+    with pytest.raises((ValueError, OSError), match="monuseg"):
+        prepare(raw, tmp_path)
+    assert "remove it" not in capsys.readouterr().out  # they would be lost
+
+
+# -----------------------------------------------------------------------------
+# Splits, on rows without images.
+
+ROWS = [(name, row, column, "test" if name in data.MONUSEG_TEST else "train")
+        for name in [f"TCGA-made-up-{i:02}" for i in range(30)] + data.MONUSEG_TEST
+        for row in range(4) for column in range(4)]
+
+
+def split(rows, how):
+    """Part of each tile: {(image, row, column): "train", "val" or "test"}."""
+    parts = data.split_tiles("monuseg", rows, how)
+    assert sorted(torch.cat(list(parts.values())).tolist()) == list(range(len(rows)))  # once each
+    return {rows[i][:3]: part for part, indices in parts.items() for i in indices.tolist()}
+
+
+@pytest.mark.parametrize("how, tiles, images", [
+    ("tile", [493, 141, 70], None), ("image", [496, 144, 64], [31, 9, 4]),
+    ("official", [384, 96, 224], [24, 6, 14])])
+def test_split_sizes_and_image_split_shares_no_image(how, tiles, images):
+    parts = split(ROWS, how)
+    names = {part: {tile[0] for tile in parts if parts[tile] == part}
+             for part in ("train", "val", "test")}
+    assert [Counter(parts.values())[part] for part in names] == tiles
+    if images:  # 44 in all: none is counted twice
+        assert [len(part) for part in names.values()] == images
+    if how == "official":
+        assert names["test"] == set(data.MONUSEG_TEST)
+
+
+@pytest.mark.parametrize("how, digest", [
+    ("tile", "74cd9cee5ffea604"), ("image", "bfd517ccf9f61dc5"), ("official", "ecee29db989530e1")])
+def test_split_is_the_same_everywhere_and_in_any_order(how, digest):
+    parts = split(random.Random(0).sample(ROWS, len(ROWS)), how)
+    listed = json.dumps(sorted([*tile, part] for tile, part in parts.items()))
+    # Another digest means other test tiles: scores of earlier versions no longer compare.
+    assert hashlib.sha256(listed.encode()).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize("how, limit", [("tile", 2 * 16), ("image", 2 * 16), ("official", 0)])
+def test_a_new_image_moves_hardly_any_tile(how, limit):
+    new = [("TCGA-new", row, column, "test") for row in range(4) for column in range(4)]
+    before, after = split(ROWS, how), split(ROWS + new, how)
+    assert sum(before[tile] != after[tile] for tile in before) <= limit  # shares of a larger whole
+
+
+def test_split_that_leaves_a_part_empty_is_refused():
+    with pytest.raises(ValueError, match="official.*test"):
+        data.split_tiles("monuseg", [row for row in ROWS if row[3] == "train"], "official")
+
+
+# -----------------------------------------------------------------------------
+# Bad input: one sentence that names the file, and nothing that passes for prepared.
+
+
+def edit(name, change):
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+def put(name, text):
+    return edit(name, lambda _: text if isinstance(text, bytes) else text.encode())
+
+
+def tif(mode, size=(1000, 1000)):
+    return lambda raw: Image.new(mode, size).save(raw / "b.tif")
+
+
+def png(values, width=1000):
+    def change(raw):
+        (raw / "b.xml").unlink()
+        Image.fromarray(np.resize(np.uint8(values), (1000, width))).save(raw / "b.png")
+    return change
+
+
+def rgb_of_16_bits(raw):
+    """Pillow reads such a file as RGB and writes none: header, pixels of 12 bits, nine tags."""
+    pixels = np.full((1000, 1000, 3), 4095, "<u2").tobytes()
+    tags = [(256, 3, 1, 1000), (257, 3, 1, 1000), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2),
+            (273, 4, 1, 14), (277, 3, 1, 3), (278, 3, 1, 1000), (279, 4, 1, len(pixels))]
+    (raw / "b.tif").write_bytes(
+        b"II*\0" + struct.pack("<I3H", 14 + len(pixels), 16, 16, 16) + pixels
+        + struct.pack("<H", 9) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4))
+
+
+BOMB = ('<!DOCTYPE b [<!ENTITY a "aaaaaaaaaa">' + "".join(
+    f'<!ENTITY {x} "{f"&{y};" * 10}">' for x, y in zip("bcdefghi", "abcdefgh")) + "]><b>&i;</b>")
+CUT_TIF = edit("b.tif", lambda file: file[:len(file) // 2])
+
+BAD_RAW = {  # what is wrong: (how to make it so, what the error says)
+    "image without annotation": (lambda raw: (raw / "b.xml").unlink(), r"b\.tif.*annotation"),
+    "annotation without image": (lambda raw: (raw / "b.tif").unlink(), r"b\.xml.*image"),
+    "mask without image": (lambda raw: (raw / "c.png").touch(), r"c\.png.*image"),
+    "two files of one name": (lambda raw: write_raw(raw / "deep", "b"), r"b\.tif.*b\.tif.*same"),
+    "mask of another size": (png([0, 1], 896), r"b\.png.*896 x 1000.*1000 x 1000"),
+    "mask with many values": (png([0, 1, 2]), r"b\.png.*\[0, 1, 2\]"),
+    "mask without background": (png([1, 255]), r"b\.png.*\[1, 255\]"),
+    "XML cut off": (edit("b.xml", lambda text: text[:-40]), r"b\.xml.*readable"),
+    "XML without regions": (put("b.xml", xml()), r"b\.xml.*Region"),
+    "XML of unknown encoding": (put("b.xml", '<?xml version="1.0" encoding="no"?><b/>'), r"b\.xml"),
+    "entity bomb": (put("b.xml", BOMB), r"b\.xml.*declares entities"),
+    "entity bomb in UTF-16": (put("b.xml", BOMB.encode("utf-16")), r"b\.xml"),
+    "vertex without Y": (put("b.xml", '<Region><Vertex X="1"/></Region>'), r"b\.xml"),
+    "vertex NaN": (put("b.xml", xml(SQUARE, [(1, 1), ("nan", 2), (3, 1)])), r"b\.xml.*region 2"),
+    "vertex infinite": (put("b.xml", xml([(1, 1), ("inf", 2), (3, 1)])), r"b\.xml.*region 1"),
+    "polygon right of the image": (put("b.xml", xml(SQUARE, [(1000, 1), (1009, 1), (1009, 9)])),
+                                   r"b\.xml.*region 2.*outside"),
+    "polygon above the image": (put("b.xml", xml([(1, -9), (9, -9), (9, -2)])),
+                                r"b\.xml.*region 1.*outside"),
+    "empty TIFF": (put("b.tif", ""), r"b\.tif"),
+    "truncated TIFF": (CUT_TIF, r"b\.tif"),
+    "text named .tif": (put("b.tif", "<html>Quota exceeded</html>"), r"b\.tif"),
+    "RGBA": (tif("RGBA"), r"b\.tif.*RGBA"),
+    "grayscale": (tif("L"), r"b\.tif.* L\b"),
+    "CMYK": (tif("CMYK"), r"b\.tif.*CMYK"),
+    "16-bit grayscale": (tif("I;16"), r"b\.tif.*I;16"),
+    "16-bit RGB": (rgb_of_16_bits, r"b\.tif"),
+    "not 1000 x 1000": (tif("RGB", (1000, 999)), r"b\.tif.*1000 x 999"),
+}
+
+
+@pytest.mark.parametrize("change, message", BAD_RAW.values(), ids=BAD_RAW)
+def test_bad_raw_file_is_named(tmp_path, change, message):
+    change(write_raw(tmp_path / "raw", "a", "b"))
+    with pytest.raises(ValueError, match=message) as caught:
+        prepare(tmp_path / "raw", tmp_path)
+    assert "\n" not in str(caught.value) and not (tmp_path / "monuseg").exists()
+
+
+def masks(array):
+    return lambda folder: np.save(folder / "masks.npy", array)
+
+
+BAD_PREPARED = {
+    "truncated images": (edit("images.npy", lambda file: file[:-9]), r"images\.npy"),
+    "truncated header": (edit("masks.npy", lambda file: file[:9]), r"masks\.npy"),
+    "empty file": (put("images.npy", ""), r"images\.npy"),
+    "masks of other length": (masks(noise(3, 224, 224)), r"masks\.npy.*3.* 2 "),
+    "masks of other type": (masks(np.zeros((2, 224, 224))), r"masks\.npy.*float64"),
+    "pickled objects": (masks(np.array([{}, None])), r"masks\.npy"),
+    "table too short": (edit("tiles.csv", lambda text: text[:-12]), r"images\.npy.* 1 "),
+    "table cut off": (edit("tiles.csv", lambda text: text[:-10]), r"tiles\.csv"),
+    "table without header": (put("tiles.csv", "a,0,0,train\n" * 3), r"tiles\.csv"),
+}
+
+
+@pytest.mark.parametrize("change, message", BAD_PREPARED.values(), ids=BAD_PREPARED)
+def test_damaged_prepared_file_is_named(tmp_path, change, message):
+    change(write_prepared(tmp_path, 2))
+    with pytest.raises(ValueError, match=message + ".*prepare_data.sh monuseg"):
+        data.load("monuseg", tmp_path)
+
+
+@pytest.mark.parametrize("command, message", [
+    ("preview monuseg", "monuseg is not prepared: run ./prepare_data.sh monuseg"),
+    ("prepare monuseg --from missing", "missing: no such folder"),
+    ("prepare monuseg --from empty", r"empty: holds no \*\.tif"),
+    ("prepare monuseg --from raw", r"b\.tif: not a readable image"),
+], ids=["data not prepared", "missing folder", "empty folder", "truncated TIFF"])
+def test_bad_input_is_one_line_and_status_2(tmp_path, script, command, message):
+    (tmp_path / "empty").mkdir()
+    CUT_TIF(write_raw(tmp_path / "raw", "b"))
+    done = script("data.py", *command.split())
+    assert done.returncode == 2 and re.search(message, done.stderr)
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+# -----------------------------------------------------------------------------
+# The synthetic set.
+
+
+@pytest.fixture(scope="module")
+def synthetic():
+    return data.load("synthetic", "nowhere")
+
+
+def test_synthetic_set_is_whole_and_the_same_each_time(synthetic):
+    images, masks, rows = synthetic
+    assert images.shape == (100, 224, 224, 3) and masks.shape == (100, 224, 224)
+    assert images.dtype == masks.dtype == torch.uint8 and len(set(rows)) == 100
+    assert all(np.unique(mask).tolist() == [0, 1] for mask in masks)
+    torch.manual_seed(1), np.random.seed(1)
+    again = data.synthetic(5)
+    assert torch.equal(again[0], images[:5]) and torch.equal(again[1], masks[:5])
+    assert not torch.equal(masks[0], masks[1])
+
+
+def test_no_threshold_on_a_colour_solves_the_synthetic_set(synthetic):
+    images, masks = synthetic[0].numpy(), synthetic[1].numpy()
+    for channel in range(3):
+        nuclei, rest = (np.bincount(images[..., channel][masks == label], minlength=256)
+                        for label in (1, 0))
+        for order in 1, -1:  # nuclei are what is darker, or what is brighter
+            tp, fp = nuclei[::order].cumsum(), rest[::order].cumsum()
+            assert (tp / (nuclei.sum() + fp)).max() < 0.6
+
+
+# -----------------------------------------------------------------------------
+# Batches and augmentation.
+
+
+def no_op(n):
+    """Draws that change nothing."""
+    lines, points = torch.linspace(-1, 1, data.GRID_CELLS + 1), data.ELASTIC_CELLS + 3
+    return {"matrix": torch.eye(2).repeat(n, 1, 1), "columns": lines.repeat(n, 1),
+            "rows": lines.repeat(n, 1), "elastic": torch.zeros(n, 2, points, points),
+            "brightness": torch.ones(n)}
+
+
+def draws(n, seed=0):
+    return data.draw_augmentation(n, torch.Generator().manual_seed(seed))
+
+
+def tiles(n=2, height=224, width=224):
+    generator = torch.Generator().manual_seed(0)
+    return (torch.rand(n, 3, height, width, generator=generator),
+            torch.randint(22, (n, height, width), generator=generator))
+
+
+@pytest.mark.parametrize("size", [(224, 224), (64, 96)])
+@pytest.mark.parametrize("matrix, expected", [
+    pytest.param([[1, 0], [0, 1]], lambda x: x, id="nothing"),
+    pytest.param([[-1, 0], [0, 1]], lambda x: x.flip(-1), id="horizontal flip"),
+    pytest.param([[1, 0], [0, -1]], lambda x: x.flip(-2), id="vertical flip"),
+    pytest.param([[0, -1], [1, 0]], lambda x: x.rot90(1, (-2, -1)), id="90 counter-clockwise")])
+def test_flips_and_turns_move_whole_pixels(size, matrix, expected):
+    images, masks = tiles(2, *(size if matrix[0][0] else (size[1], size[1])))
+    matrix = torch.tensor(matrix).float().repeat(2, 1, 1)
+    warped, labels = data.augment(images, masks, no_op(2) | {"matrix": matrix})
+    assert torch.allclose(warped, expected(images), atol=1e-4)  # positions round to 1e-5 pixels
+    assert torch.equal(labels, expected(masks))
+
+
+def test_a_shift_continues_mirrored_beyond_the_border():
+    drawn, sources = no_op(2), tiles()
+    drawn["elastic"][:, 0] = 2 * 10 / 224  # everywhere 10 pixels, looked up to the right
+    for warped, source in zip(data.augment(*sources, drawn), sources):
+        expected = torch.cat((source[..., 10:], source[..., -10:].flip(-1)), -1)
+        assert torch.allclose(warped, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("axis", ["columns", "rows"])
+def test_distorted_lines_stretch_their_cells(axis):
+    ramp = ((torch.arange(100) + 0.5) / 100).expand(1, 3, 100, 100)  # grows to the right
+    lines = torch.tensor([-1, 0, 0.25, 0.5, 0.75, 1])  # the first fifth shows the first half
+    expected = np.interp((np.arange(100) + 0.5) / 20, range(6), [0, 0.5, 0.625, 0.75, 0.875, 1])
+    images = ramp if axis == "columns" else ramp.mT
+    warped, _ = data.augment(images, torch.zeros(1, 100, 100).long(),
+                             no_op(1) | {axis: lines[None]})
+    line = warped[0, 0, 50] if axis == "columns" else warped[0, 0, :, 50]
+    assert np.allclose(line, expected, atol=6e-3)  # half a pixel, at the borders
+
+
+def test_image_and_mask_get_the_same_warp(synthetic):
+    masks = synthetic[1][:16].long()
+    images = masks[:, None].float().repeat(1, 3, 1, 1)
+    warped, labels = data.augment(images, masks, draws(16) | {"brightness": torch.ones(16)})
+    assert (labels != masks).flatten(1).any(1).sum() > 12
+    assert (labels[warped[:, 0] > 0.999] == 1).all() and (labels[warped[:, 0] < 0.001] == 0).all()
+    assert ((warped[:, 0] > 0.5) != labels).float().mean() < 0.004  # 0.006 if 1/4 pixel apart
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_masks_keep_their_labels_and_type(dtype):
+    images, masks = tiles(8)
+    masks = torch.where(masks < 11, 0, 21).to(dtype)  # interpolation would invent some between
+    masks[0] = 7
+    warped, labels = data.augment(images, masks, draws(8))
+    assert labels.dtype == dtype and warped.dtype == torch.float32
+    assert labels[0].unique().tolist() == [7] and labels[1:].unique().tolist() == [0, 21]
+
+
+def test_same_seed_same_batch_and_its_samples_differ():
+    images, masks = (x[:1].expand(8, *x.shape[1:]) for x in tiles())
+    batches = []
+    for seed in 3, 3, 4:
+        torch.manual_seed(len(batches))  # the program's own seed plays no part
+        batches.append(data.augment(images, masks, draws(8, seed)))
+    first, again, other = batches
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0])
+    assert len({image.numpy().tobytes() for image in first[0]}) == 8
+
+
+def test_each_augmentation_has_its_chance_and_strength():
+    n = 4000
+    drawn, plain = draws(n), no_op(n)
+    matrix = drawn["matrix"]
+    done = {name: ((drawn[name] - plain[name]).abs().view(n, -1) > 1e-5).any(1)
+            for name in ("columns", "rows", "elastic", "brightness")}
+    assert torch.equal(done.pop("rows"), done["columns"])  # one augmentation distorts both
+    done |= {"rotation": matrix[:, 0, 1] != 0, "odd flips": matrix.det() < 0}
+    done = torch.stack(list(done.values())).float()
+    chances = torch.tensor([data.DISTORT, data.DISTORT, *[data.CHANCE] * 3])
+    assert (done.mean(1) - chances).abs().max() < 0.04
+    assert (done.corrcoef() - torch.eye(5)).abs().max() < 0.08  # each by itself
+    unturned = matrix[matrix[:, 0, 1] == 0]  # show both flips, one on each axis
+    assert ((unturned.diagonal(0, 1, 2) < 0).float().mean(0) - 0.5).abs().max() < 0.05
+
+    assert torch.allclose(matrix @ matrix.mT, torch.eye(2), atol=1e-5)  # nothing grows or shrinks
+    turned = matrix[matrix[:, 0, 1] != 0]  # in all directions alike
+    directions = torch.atan2(turned[:, 1, 0], turned[:, 0, 0]).histc(8, -math.pi, math.pi)
+    assert (directions / len(turned) - 1 / 8).abs().max() < 0.04
+    lines = torch.cat((drawn["columns"], drawn["rows"]))
+    assert torch.allclose(lines[:, [0, -1]], torch.tensor([-1.0, 1.0]), atol=1e-5)
+    widths = lines.diff() * data.GRID_CELLS / 2
+    assert 0.5 < widths.min() < 0.75 and 1.25 < widths.max() < 1.7  # 0.7 to 1.3 of their mean
+    shifts = drawn["elastic"][drawn["elastic"] != 0] * 224 / 2
+    assert abs(shifts.std() - data.ELASTIC_STD) < 0.1 and abs(shifts.mean()) < 0.1
+    low, high = drawn["brightness"].aminmax()
+    assert 0.8 <= low < 0.81 and 1.19 < high <= 1.2
+
+
+def test_brightness_scales_and_clamps_the_image_and_leaves_the_mask():
+    images, masks = tiles()
+    factors = torch.tensor([0.8, 1.2])
+    warped, labels = data.augment(images, masks, no_op(2) | {"brightness": factors})
+    expected = (images * factors.view(2, 1, 1, 1)).clamp(max=1)
+    assert torch.allclose(warped, expected, atol=1e-4) and warped.max() == 1
+    assert torch.equal(labels, masks)
+
+
+@pytest.mark.parametrize("size", [(224, 224), (96, 160)])
+def test_a_sample_does_not_depend_on_its_batch(size):
+    images, masks = tiles(6, *size)
+    drawn = draws(6)
+    halves = [data.augment(images[part], masks[part], {k: v[part] for k, v in drawn.items()})
+              for part in (slice(0, 2), slice(2, 6))]
+    for whole, parts in zip(data.augment(images, masks, drawn), zip(*halves)):
+        assert whole.shape[-2:] == size
+        close = torch.isclose(whole.float(), torch.cat(parts).float(), atol=1e-3)
+        assert close.float().mean() > 0.9999  # a tie between two labels may fall either way
+
+
+def test_strong_warps_leave_no_empty_borders():
+    drawn = draws(8) | {"brightness": torch.ones(8)}
+    drawn["elastic"] = torch.randn(drawn["elastic"].shape, generator=torch.manual_seed(0))
+    ones = torch.ones(8, 3, 224, 224)
+    warped, labels = data.augment(ones, ones[:, 0].long(), drawn)
+    assert warped.min() > 0.9999 and (labels == 1).all()
+
+
+def test_get_batch_equals_indexing_by_hand_also_from_memory_maps(tmp_path):
+    folder = write_prepared(tmp_path, 4)
+    images, masks = (np.load(folder / f"{name}.npy") for name in ("images", "masks"))
+    for source in data.load("monuseg", tmp_path)[:2], map(torch.from_numpy, (images, masks)):
+        batch, labels = data.get_batch(*source, torch.tensor([3, 1]), "cpu")
+        assert batch.dtype == torch.float32 and labels.dtype == torch.int64
+        assert np.allclose(batch, images[[3, 1]].transpose(0, 3, 1, 2) / 255, atol=1e-6)
+        assert (labels.numpy() == masks[[3, 1]]).all()
+
+
+def test_normalize_matches_its_formula():
+    images, _ = tiles(1, 4, 5)
+    for channel, (mean, std) in enumerate(((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))):
+        assert torch.allclose(data.normalize(images)[:, channel], (images[:, channel] - mean) / std)
+
+
+# -----------------------------------------------------------------------------
+# Looking at it.
+
+
+def test_outline_is_the_inner_border_of_each_region():
+    mask = np.array([[1, 1, 1, 2, 2], [1, 1, 1, 2, 2], [1, 1, 1, 2, 2], [0, 0, 0, 0, 0]])
+    assert data.outline(mask).tolist() == [
+        [0, 0, 1, 1, 0], [0, 0, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]
+
+
+def test_preview_is_a_sheet_of_8_by_4_tiles(tmp_path, script, synthetic):
+    done = script("data.py", "preview", "synthetic", "--out", "sheet.png")
+    assert done.returncode == 0 and "sheet.png" in done.stdout, done.stderr
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.format == "PNG" and sheet.size == (8 * 224, 4 * 224)
+        lines = np.asarray(sheet).reshape(4, 224, 8, 224, 3).swapaxes(1, 2)
+    for place, index in (0, 0), (7, 99):
+        image, border = synthetic[0][index].numpy(), data.outline(synthetic[1][index].numpy())
+        assert (lines[0, place][border] == (0, 255, 0)).all()
+        assert (lines[0, place][~border] == image[~border]).all()
+    assert not any((lines[0] == line).all() for line in lines[1:])  # augmented

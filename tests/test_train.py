@@ -1,0 +1,517 @@
+"""train.py: what a run writes, refuses and survives, on sixteen made-up tiles of 32 pixels.
+
+Runs go through train.main, with a U-Net of width 2. Those that are killed, interrupted, fill a disk
+or work in pairs are processes of their own, forked from one that has imported torch (`start`).
+"""
+
+import csv
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import runpy
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from torch import nn
+
+import data
+import eval as evaluation
+import train
+from losses import loss_for
+from models import build_model, create_model
+
+FLAGS = "--data monuseg --width 2 --batch-size 2 --epochs 3 --device cpu".split()
+OFTEN = "--save-every", "0.000001"  # minutes: after every step
+COLUMNS = ["epoch", "train_loss", "val_loss", "val_iou_per_tile", "val_f1_per_tile",
+           "val_iou_global", "val_f1_global"]
+
+
+def made_up_tiles(*_):
+    """Stands for data.load: grey tiles, two of each image, each with one dark rectangle."""
+    rng = np.random.default_rng(0)
+    masks = np.zeros((16, 32, 32), np.uint8)
+    for mask in masks:
+        top, left, height, width = *rng.integers(0, 16, 2), *rng.integers(8, 16, 2)
+        mask[top:top + height, left:left + width] = 1
+    images = 200 - 110 * masks[..., None] + rng.integers(-30, 30, (16, 32, 32, 3))
+    rows = [(f"image-{i // 2}", 0, i % 2, "test" if i > 11 else "train") for i in range(16)]
+    return torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(masks), rows
+
+
+PARTS = data.split_tiles("monuseg", made_up_tiles()[2], "tile")  # 11, 3 and 2 tiles
+
+
+def arguments(out, *flags):
+    return [*FLAGS, "--out", str(out), *flags]
+
+
+def fit(out, *flags):
+    return train.main(train.parse_args(arguments(out, *flags)))
+
+
+def refused(capsys, out, *flags):
+    """Give a command that must end with status 2 -> the one line that it says."""
+    with pytest.raises(SystemExit) as stop:
+        data.run(train.main, train.parse_args(arguments(out, *flags)))
+    *usage, line = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and (not usage or usage[0].startswith("usage: "))
+    return line
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def read_log(out):
+    with open(out / "log.csv", newline="") as file:
+        return [{key: float(row[key]) for key in row} for row in csv.DictReader(file)]
+
+
+def leaves(value, name=""):
+    """Nested dicts and lists -> one flat dict of their values."""
+    if not isinstance(value, (dict, list, tuple)):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {k: v for key, item in items for k, v in leaves(item, f"{name}/{key}").items()}
+
+
+def same(one, other):
+    """Equal to the last bit."""
+    one, other = leaves(one), leaves(other)
+    return one.keys() == other.keys() and all(
+        torch.equal(one[k], other[k]) if isinstance(one[k], torch.Tensor) else one[k] == other[k]
+        for k in one)
+
+
+def assert_same_run(out, whole):
+    assert same(load(out / "best.pt"), load(whole / "best.pt"))
+    assert same(load(out / "last.pt"), load(whole / "last.pt"))
+    out, whole = content(out), content(whole)
+    assert sorted(out) == sorted(whole)
+    assert all(out[name] == whole[name] for name in ("log.csv", "scores.json"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_world():
+    """The made-up tiles, and one thread: on such small maps a second one only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "load", made_up_tiles)
+        patch.setattr(evaluation, "load", made_up_tiles)
+        patch.setenv("PYTHONPATH", str(ROOT))  # for `start`
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of three epochs of five steps."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return SimpleNamespace(score=fit(out), out=out)
+
+
+def command(flags, before, environment, notes):
+    """The body of a process: `python train.py` on the made-up tiles, its output in files."""
+    sys.stdout, sys.stderr = open(f"{notes}.out", "w"), open(f"{notes}.err", "w")
+    sys.argv = ["train.py", *flags]
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    data.load = made_up_tiles
+    before()
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start train.py in a process -> it, with `said(suffix)`, the text of its .out or .err."""
+    def begin(out, *flags, before=os.getpid, **environment):
+        notes = tmp_path / f"process-{len(started)}"
+        started.append(processes.Process(
+            target=command, args=(arguments(out, *flags), before, environment, notes)))
+        started[-1].start()
+        started[-1].said = lambda suffix: Path(f"{notes}{suffix}").read_text()
+        return started[-1]
+
+    started, processes = [], multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["train"])
+    yield begin
+    for process in started:
+        process.kill()
+
+
+def wait_for_save(process, path, since=0):
+    while process.is_alive() and not (path.exists() and path.stat().st_mtime_ns > since):
+        time.sleep(0.001)
+
+
+def stop_before_batch(patch, number):
+    """Interrupt the next run when it comes to this batch."""
+    count = itertools.count(1)
+
+    def augment(*args):
+        if next(count) == number:
+            raise KeyboardInterrupt
+        return data.augment(*args)
+    patch.setattr(train, "augment", augment)
+
+
+# What a run leaves behind
+
+
+def test_a_run_writes_a_log_curves_and_checkpoints_of_plain_values(whole):
+    assert {*content(whole.out)} == {"best.pt", "curves.png", "last.pt", "log.csv", "scores.json"}
+    scores = json.loads((whole.out / "scores.json").read_text())
+    assert scores["per_tile"]["iou"] == whole.score and scores["width"] == 2
+    assert [list(row) for row in read_log(whole.out)] == 3 * [COLUMNS]
+    assert [row["epoch"] for row in read_log(whole.out)] == [1, 2, 3]
+    assert len(Image.open(whole.out / "curves.png").getcolors(100_000)) > 5
+    for name in "best.pt", "last.pt":
+        kinds = {type(value) for value in leaves(load(whole.out / name)).values()}
+        assert kinds <= {torch.Tensor, int, float, str, bool, type(None)}
+    adam = load(whole.out / "last.pt")["optimizer"]
+    group, = adam["param_groups"]
+    assert (group["lr"], tuple(group["betas"]), group["weight_decay"]) == (1e-3, (0.9, 0.999), 0)
+    assert {"exp_avg", "exp_avg_sq"} < set(adam["state"][0])
+
+
+def test_scores_are_those_of_untouched_tiles_worked_out_by_hand(whole):
+    def iou(index):
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        image = ((images[index] / 255 - mean) / std).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            found, mask = model(image)[0, 0].numpy() > 0, masks[index].numpy() == 1
+        return (found & mask).sum() / (found | mask).sum()
+
+    images, masks, _ = made_up_tiles()
+    best = load(whole.out / "best.pt")
+    model = build_model(best, "").eval()
+    validated = read_log(whole.out)[best["epoch"] - 1]["val_iou_per_tile"]
+    assert validated == pytest.approx(np.mean([iou(index) for index in PARTS["val"]]))
+    assert whole.score == pytest.approx(np.mean([iou(index) for index in PARTS["test"]])) != 0
+
+
+def test_best_is_the_epoch_of_the_best_validation_iou_also_after_a_resume(tmp_path, monkeypatch):
+    def run(out, ious, *flags):  # one for each epoch's validation, and one for the test
+        def score(confusions, *args):
+            tested[out] = confusions
+            result = evaluation.score(confusions, *args)
+            return result | {"per_tile": result["per_tile"] | {"iou": next(values)}}
+
+        values = iter(ious)
+        monkeypatch.setattr(train, "score", score)
+        assert fit(tmp_path / out, *flags) == ious[-1]
+        return load(tmp_path / out / "best.pt")
+
+    tested = {}
+    run("two", [0.1, 0.4, 0.0], "--epochs", "2")
+    best = run("run", [0.1, 0.4, 0.3, 0.0])
+    assert same(best["model"], load(tmp_path / "two/last.pt")["model"])
+    assert torch.equal(tested["run"], tested["two"])
+    assert run("run", [0.35, 0.0], "--epochs", "4", "--resume")["epoch"] == best["epoch"] == 2
+    assert run("run", [0.45, 0.0], "--epochs", "5", "--resume")["epoch"] == 5
+
+
+@pytest.mark.parametrize("name, model, epochs, batch_size, lr", [
+    ("monuseg", "unet", 50, 8, 1e-3), ("monuseg", "swin_unet", 50, 8, 1e-3),
+    ("bcss", "unet", 10, 50, 1e-3), ("bcss", "swin_unet", 10, 50, 1e-5),
+    ("bcss512", "unet", 10, 50, 1e-3), ("bcss512", "swin_unet", 10, 50, 1e-5)])
+def test_defaults_are_the_papers_recipe(name, model, epochs, batch_size, lr):
+    for skip in "standard", "conv", "fusion":
+        args = train.parse_args(["--data", name, "--model", model, "--skip", skip, "--seed", "3"])
+        assert (args.epochs, args.batch_size, args.lr) == (epochs, batch_size, lr)
+        assert (args.width, args.split) == (64, "tile") and not args.ignore_index
+        assert args.out == Path(f"runs/{name}-{model}-{skip}-seed3")
+
+
+@pytest.mark.parametrize("removed", [[], ["last.pt"]], ids=["whole", "without last.pt"])
+def test_a_run_is_never_overwritten(tmp_path, capsys, removed):
+    fit(tmp_path / "run", "--epochs", "1")
+    for name in removed:
+        (tmp_path / "run" / name).unlink()
+    before = content(tmp_path / "run")
+    assert "--out" in refused(capsys, tmp_path / "run", "--seed", "1")
+    assert content(tmp_path / "run") == before
+
+
+# Chance, and going on
+
+
+def test_a_seed_fixes_the_run_and_another_changes_all_but_the_split(whole, tmp_path):
+    torch.manual_seed(99), np.random.seed(99), random.seed(99)
+    assert fit(tmp_path / "run") == whole.score
+    assert_same_run(tmp_path / "run", whole.out)
+    fit(tmp_path / "other", "--seed", "1", "--epochs", "1")
+    one, other = load(whole.out / "last.pt"), load(tmp_path / "other/last.pt")
+    assert one["split"] == other["split"]
+    assert not torch.equal(one["model"]["head.weight"], other["model"]["head.weight"])
+    assert read_log(whole.out)[0]["train_loss"] != read_log(tmp_path / "other")[0]["train_loss"]
+
+
+def test_training_tiles_alone_are_augmented_and_alike_whenever_drawn(tmp_path, monkeypatch):
+    def spy(images, masks, draws):
+        seen.append((images, draws, *data.augment(images, masks, draws)))
+        return seen[-1][2:]
+
+    def number(image):
+        pixels = (image.permute(1, 2, 0) * 255).round().byte()
+        return next(i for i, tile in enumerate(made_up_tiles()[0]) if torch.equal(tile, pixels))
+
+    seen = []
+    monkeypatch.setattr(train, "augment", spy)
+    fit(tmp_path / "run", "--epochs", "2")
+    order, first = [number(image) for images, *_ in seen for image in images], seen
+    assert len(order) == 20 and set(order) <= set(PARTS["train"].tolist())
+    assert len(set(order[:10])) == len(set(order[10:])) == 10 and order[:10] != order[10:]
+    assert not any(all(torch.equal(one[1][name], other[1][name]) for name in one[1])
+                   for one, other in itertools.combinations(first, 2))
+
+    stop_before_batch(monkeypatch, 9)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "again", "--epochs", "2", *OFTEN)
+    seen = []
+    monkeypatch.setattr(train, "augment", spy)
+    fit(tmp_path / "again", "--epochs", "2", "--resume")
+    assert same(seen, first[8:])
+
+
+@pytest.mark.parametrize("flags, batches, found", [
+    ((), [7], (1, 0)), (OFTEN, [8], (1, 2)), (OFTEN, [2, 3, 3, 5], (1, 4))],
+    ids=["from an epoch's end", "within an epoch", "four times"])
+def test_resume_equals_uninterrupted_run(whole, tmp_path, monkeypatch, flags, batches, found):
+    out = tmp_path / "run"
+    for life, batch in enumerate(batches):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_before_batch(patch, batch)
+            fit(out, *flags, *["--resume"] * (life > 0))
+        for name in "last.pt.tmp", "best.pt.tmp", "log.csv.tmp":  # as a crash leaves them
+            (out / name).write_bytes(b"half a file")
+    last = load(out / "last.pt")
+    assert (last["epoch"], last["step"]) == found
+    torch.manual_seed(99)
+    assert fit(out, "--resume") == whole.score
+    assert_same_run(out, whole.out)
+
+
+def test_resume_repeats_what_the_network_itself_draws(tmp_path, monkeypatch):
+    """As Swin-UNet's stochastic depth does; here it is a dropout before the U-Net's head."""
+    def with_dropout(*args, **kwargs):
+        model = create_model(*args, **kwargs)
+        model.head.register_forward_pre_hook(
+            lambda head, inputs: nn.functional.dropout(inputs[0], 0.5, head.training))
+        return model
+
+    monkeypatch.setattr(train, "create_model", with_dropout)
+    fit(tmp_path / "whole", "--epochs", "2")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_before_batch(patch, 8)
+        fit(tmp_path / "run", "--epochs", "2", *OFTEN)
+    torch.manual_seed(99)
+    fit(tmp_path / "run", "--epochs", "2", "--resume")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_kill_9_at_random_moments_changes_nothing(start, tmp_path):
+    last, flags, before = tmp_path / "run/last.pt", ("--epochs", "8", *OFTEN), 0
+    for life in range(3):
+        process = start(last.parent, *flags, *["--resume"] * (life > 0))
+        wait_for_save(process, last, before)
+        time.sleep(random.uniform(0, 0.06))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, process.said(".err")
+        before = last.stat().st_mtime_ns
+    resumed, whole = fit(last.parent, *flags, "--resume"), fit(tmp_path / "whole", *flags[:2])
+    assert resumed == whole
+    assert_same_run(last.parent, tmp_path / "whole")
+
+
+def test_ctrl_c_is_one_line_that_says_how_to_go_on(start, tmp_path):
+    process = start(tmp_path / "run", "--epochs", "999")
+    wait_for_save(process, tmp_path / "run/last.pt")
+    time.sleep(random.uniform(0, 0.3))
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    line, = process.said(".err").strip().splitlines()
+    assert process.exitcode == 130 and "--resume" in line
+    assert load(tmp_path / "run/last.pt")["epoch"] < 999
+
+
+def per_tile_norm():
+    nn.BatchNorm2d = lambda channels: nn.GroupNorm(1, channels)
+
+
+def test_two_processes_are_one_with_the_same_batch(start, tmp_path, monkeypatch):
+    """Tiles are normalised one by one: on CPUs BatchNorm's statistics are of a process's share."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    flags = "--batch-size", "4", "--lr", "0.01"
+    pair = [start(tmp_path / "pair", *flags, before=per_tile_norm, RANK=rank, LOCAL_RANK=rank,
+                  WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in "01"]
+    monkeypatch.setattr(nn, "BatchNorm2d", lambda channels: nn.GroupNorm(1, channels))
+    alone = fit(tmp_path / "alone", *flags)
+    for process in pair:
+        process.join(60)
+        assert process.exitcode == 0, process.said(".err")
+    told = float(re.search(r"per tile +([\d.]+)", pair[0].said(".out"))[1]) / 100
+    assert told == pytest.approx(alone, abs=1.5e-4) and alone > 0.05  # told in steps of 1e-4
+    assert pair[1].said(".out") == ""
+    logs = [leaves(read_log(tmp_path / name)) for name in ("pair", "alone")]
+    assert logs[0] == pytest.approx(logs[1], abs=1e-4)
+
+
+# Learning
+
+
+def test_model_overfits_two_tiles():
+    images, masks, _ = data.synthetic(2)
+    images, masks = data.get_batch(images[:, :64, :64], masks[:, :64, :64], torch.arange(2), "cpu")
+    torch.manual_seed(0)
+    model = create_model("unet", "conv", 1, width=8)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(90):
+        optimizer.zero_grad()
+        loss_for(1)(model(data.normalize(images)), masks).mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        confusions = evaluation.confusion_matrices(model.eval()(data.normalize(images)), masks)
+    assert min(evaluation.score(confusions)["tiles"]) > 0.9
+
+
+def test_loss_decreases_on_synthetic_tiles(tmp_path, monkeypatch):
+    images, masks, rows = data.synthetic(20)
+    monkeypatch.setattr(train, "load", lambda *_: (images[:, :64, :64], masks[:, :64, :64], rows))
+    fit(tmp_path, "--data", "synthetic", "--width", "4", "--epochs", "6", "--lr", "0.005")
+    first, *_, last = read_log(tmp_path)
+    assert last["train_loss"] < 0.8 * first["train_loss"] and last["val_iou_per_tile"] > 0.2
+
+
+# What is refused, and what stops a run
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--epochs", "0"), ("--epochs", "1.5"), ("--batch-size", "0"), ("--batch-size", "-2"),
+    ("--batch-size", "12"), ("--lr", "-1"), ("--lr", "0"), ("--lr", "nan"), ("--lr", "inf"),
+    ("--width", "0"), ("--save-every", "0"), ("--device", "nonsense")])
+def test_a_value_that_cannot_be_is_refused_by_name(tmp_path, capsys, flag, value):
+    line = refused(capsys, tmp_path / "run", flag, value)
+    assert flag in line and value in line and not (tmp_path / "run").exists()
+
+
+def test_width_is_the_u_nets_and_a_folder_must_be_one(tmp_path, capsys):
+    assert "--width" in refused(capsys, tmp_path / "run", "--model", "swin_unet")
+    (tmp_path / "file").touch()
+    assert str(tmp_path / "file") in refused(capsys, tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("flag, ours, value", [
+    ("--lr", "0.001", "0.002"), ("--skip", "standard", "fusion"), ("--split", "tile", "image"),
+    ("--width", "2", "4"), ("--seed", "0", "7"), ("--batch-size", "2", "5")])
+def test_resume_refuses_flags_that_contradict_the_run(whole, capsys, flag, ours, value):
+    before = content(whole.out)
+    line = refused(capsys, whole.out, flag, value, "--resume")
+    assert {flag, ours, value} <= set(re.split(r"[ :;,]+", line))
+    assert content(whole.out) == before
+
+
+class Code:
+    """Pickles as a call that writes a file."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+NOT_CHECKPOINTS = {  # (path to write, a run's folder) -> None
+    "missing": lambda path, run: None, "folder": lambda path, run: path.mkdir(),
+    "empty": lambda path, run: path.touch(), "no dict": lambda path, run: torch.save([1], path),
+    "cut off": lambda path, run: path.write_bytes((run / "best.pt").read_bytes()[:99_999]),
+    "text": lambda path, run: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
+    "code": lambda path, run: torch.save(Code(path.parent / "it ran"), path),
+    "weights alone": lambda path, run: torch.save(load(run / "last.pt")["model"], path),
+    "entries missing": lambda path, run: torch.save(
+        {key: load(run / "last.pt")[key] for key in ("args", "model")}, path),
+    "another model's": lambda path, run: torch.save(
+        load(run / "last.pt") | {"model": create_model("unet", "fusion", 1, 2).state_dict()}, path)}
+
+
+@pytest.mark.parametrize("kind", [*NOT_CHECKPOINTS, "best.pt"])
+def test_resume_refuses_what_is_not_a_checkpoint_of_the_run(whole, tmp_path, capsys, kind):
+    if kind == "best.pt":
+        (tmp_path / "last.pt").write_bytes((whole.out / "best.pt").read_bytes())
+    else:
+        NOT_CHECKPOINTS[kind](tmp_path / "last.pt", whole.out)
+    assert str(tmp_path / "last.pt") in refused(capsys, tmp_path, "--resume")
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_resume_refuses_other_tiles(whole, capsys, monkeypatch):
+    images, masks, rows = made_up_tiles()
+    rows = [(row[0] + "x", *row[1:]) for row in rows]
+    monkeypatch.setattr(train, "load", lambda *_: (images, masks, rows))
+    assert "other tiles" in refused(capsys, whole.out, "--resume")
+
+
+@pytest.mark.parametrize("flags, found", [((), (1, 0)), (OFTEN, (1, 2))])
+def test_nan_loss_stops_a_run_and_spoils_no_checkpoint(whole, tmp_path, capsys, monkeypatch,
+                                                       flags, found):
+    def poisoned(*args):  # the third training batch's loss is not a number
+        def loss(logits, masks):
+            values = loss_for(*args)(logits, masks)
+            return values * math.nan if logits.requires_grad and next(count) == 3 else values
+        count = itertools.count(1)
+        return loss
+
+    fit(tmp_path / "run", "--epochs", "1")  # a finished run, which may be made longer
+    before = content(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "loss_for", poisoned)
+        line = refused(capsys, tmp_path / "run", *flags, "--resume")
+    assert all(part in line for part in ("nan", "epoch 2", "step 3", "--lr", "last.pt"))
+    last = load(tmp_path / "run/last.pt")
+    assert (last["epoch"], last["step"]) == found
+    assert content(tmp_path / "run") | {"last.pt": 0} == before | {"last.pt": 0}
+    assert fit(tmp_path / "run", "--resume") == whole.score
+    assert_same_run(tmp_path / "run", whole.out)
+
+
+def test_a_rate_far_too_high_ends_with_a_sentence_and_finite_weights(tmp_path, capsys):
+    line = refused(capsys, tmp_path, "--lr", "1e39", "--batch-size", "11")  # one step an epoch
+    assert re.search(r"loss is (nan|inf) in epoch \d", line)
+    weights = leaves([load(path)["model"] for path in tmp_path.glob("*.pt")])
+    assert weights and all(value.isfinite().all() for value in weights.values())
+
+
+def small_disk():
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))  # room for weights, not for all
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(whole, start, tmp_path):
+    pytest.importorskip("resource")
+    process = start(tmp_path / "run", before=small_disk)
+    process.join(60)
+    line, = process.said(".err").splitlines()
+    assert process.exitcode == 2 and load(tmp_path / "run/last.pt")["epoch"] == 0
+    assert fit(tmp_path / "run", "--resume") == whole.score
+    assert_same_run(tmp_path / "run", whole.out)
+    assert str(tmp_path / "run/last.pt") in line
