@@ -589,11 +589,11 @@ def outline(mask):
 def preview(data, root, out, seed=0):
     """Write a sheet: eight tiles with their outlines, each above three augmented versions."""
     images, masks, rows = load(data, root)
-    indices = torch.linspace(0, len(rows) - 1, 8).long()
+    indices = torch.linspace(0, len(rows) - 1, min(8, len(rows))).long()
     batch, labels = get_batch(images, masks, indices, "cpu")
-    lines = [(batch, labels)] + [
-        augment(batch, labels, draw_augmentation(8, torch.Generator().manual_seed(seed + line)))
-        for line in range(3)]
+    chance = torch.Generator().manual_seed(seed)
+    lines = [(batch, labels)] + [augment(batch, labels, draw_augmentation(len(batch), chance))
+                                 for _ in range(3)]
     sheet = []
     for pictures, labels in lines:
         pictures = (pictures.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
@@ -601,7 +601,7 @@ def preview(data, root, out, seed=0):
             picture[outline(label)] = (0, 255, 0)
         sheet.append(np.concatenate(pictures, axis=1))
     Image.fromarray(np.concatenate(sheet)).save(out)
-    print(f"{out}: eight tiles of {data}, and three times augmented below")
+    print(f"{out}: {len(indices)} tiles of {data}, and three times augmented below")
 
 
 def parse_args(argv=None):

@@ -296,7 +296,7 @@ def figure(args, results):
     score_of = [[value or 0.0 for value in result["tiles"]] for result in results]
     order = sorted(range(len(test)), key=lambda k: sum(scores[k] for scores in score_of))
     chosen = ([called.index(name) for name in args.tiles] if args.tiles else
-              [order[round(step * (len(order) - 1) / 4)] for step in range(5)])
+              [order[k] for k in sorted({round(i * (len(order) - 1) / 4) for i in range(5)})])
     batch, labels = get_batch(images, masks, test[chosen], "cpu")
     predictions = []
     for result in results:
