@@ -515,3 +515,25 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(whole, start, tmp
     assert fit(tmp_path / "run", "--resume") == whole.score
     assert_same_run(tmp_path / "run", whole.out)
     assert str(tmp_path / "run/last.pt") in line
+
+
+# Swin-UNet
+
+
+def test_swin_unet_starts_from_a_file_and_goes_on_without_it(tmp_path, monkeypatch, capsys):
+    images, masks, _ = data.synthetic(6)
+    rows = [(f"image-{i}", 0, 0, "train") for i in range(6)]  # 4, 1 and 1 tiles
+    monkeypatch.setattr(train, "load", lambda *_: (images, masks, rows))
+    monkeypatch.setattr("models.fetch_from_hub", lambda: pytest.fail("asked the hub"))
+    path = tmp_path / "encoder.pth"
+    torch.save(create_model("swin_unet", "standard", 1).encoder.state_dict(), path)
+    flags = ["--model", "swin_unet", "--batch-size", "4", "--epochs", "1", "--lr", "1e-9",
+             "--weights", str(path), "--out", str(tmp_path / "run")]
+    score = train.main(train.parse_args(flags))
+    assert str(path) in capsys.readouterr().out
+    stored, given = load(tmp_path / "run/last.pt"), torch.load(path)
+    assert str(path) in stored["weights"]
+    name = "layers.2.blocks.3.mlp.fc1.weight"  # at this rate, still what the file held
+    torch.testing.assert_close(stored["model"][f"encoder.{name}"], given[name])
+    path.unlink()
+    assert train.main(train.parse_args([*flags, "--resume"])) == score
