@@ -502,8 +502,7 @@ def normalize(images):
 
 
 # Strengths; the paper names the six augmentations and gives no values, so all of these are ours.
-CHANCE = 0.5          # of each flip, of rotation and of brightness, for each tile
-DISTORT = 0.25        # of elastic transformation and of grid distortion, which blur a little
+CHANCE = 0.5          # of each augmentation, for each tile
 ELASTIC_CELLS = 7     # elastic: random shifts on a grid of 7 x 7 cells of 32 pixels,
 ELASTIC_STD = 8       # pixels, their standard deviation before smoothing
 GRID_CELLS = 5        # grid distortion: rows and columns of 5 cells each grow or shrink
@@ -520,17 +519,17 @@ def draw_augmentation(n, generator):
     def uniform(*shape):  # -1..1
         return 2 * torch.rand(*shape, generator=generator) - 1
 
-    def chance(*shape, of=CHANCE):
-        return (torch.rand(*shape, generator=generator) < of).float()
+    def chance(*shape):
+        return (torch.rand(*shape, generator=generator) < CHANCE).float()
 
     flips = 1 - 2 * chance(n, 2)
     angle = math.pi * uniform(n) * chance(n)
     rotation = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), 1).view(n, 2, 2)
-    widths = 1 + GRID_STRETCH * uniform(n, 2, GRID_CELLS) * chance(n, 1, 1, of=DISTORT)
+    widths = 1 + GRID_STRETCH * uniform(n, 2, GRID_CELLS) * chance(n, 1, 1)
     lines = F.pad(widths.cumsum(2) / widths.sum(2, keepdim=True), (1, 0)) * 2 - 1
     shifts = torch.randn(n, 2, ELASTIC_CELLS + 3, ELASTIC_CELLS + 3, generator=generator)
     return {"matrix": rotation * flips[:, None], "columns": lines[:, 0], "rows": lines[:, 1],
-            "elastic": shifts * chance(n, 1, 1, 1, of=DISTORT) * ELASTIC_STD * 2 / TILE,
+            "elastic": shifts * chance(n, 1, 1, 1) * ELASTIC_STD * 2 / TILE,
             "brightness": 1 + BRIGHTNESS * uniform(n) * chance(n)}
 
 
