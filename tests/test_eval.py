@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from test_train import NOT_CHECKPOINTS, fit, load, made_up_tiles, tiny_world, whole  # noqa: F401
+from test_train import (NOT_CHECKPOINTS, PARTS, fit, load, made_up_tiles, tiny_world,  # noqa: F401
+                        whole)
 
 import data
 import eval as evaluation
@@ -265,3 +266,45 @@ def test_curves_show_every_run_in_its_colour_in_both_panels(tmp_path, epochs):
         heights = [np.nonzero((panel == colour).all(axis=2))[0] for colour in colours]
         assert all(len(height) > (20 if epochs == 1 else 500) for height in heights)
     assert heights[0].mean() > heights[1].mean() > heights[2].mean()  # by IoU, from below
+
+
+# Figures
+
+
+def colours_of(picture):
+    return {tuple(colour) for colour in np.asarray(picture.convert("RGB")).reshape(-1, 3)}
+
+
+def test_one_class_shows_found_missed_and_mistaken_pixels_apart():
+    mask, found = np.array([[1, 1, 0, 0]], np.uint8), np.array([[1, 0, 1, 0]], np.uint8)
+    assert [tuple(colour) for colour in evaluation.paint(found, mask, 1)[0].tolist()] == [
+        evaluation.FOUND, evaluation.MISSED, evaluation.FALSE_ALARM, (0, 0, 0)]
+
+
+def test_more_classes_show_their_palette_colour_and_a_legend(tmp_path):
+    labels = np.repeat(np.arange(22, dtype=np.uint8), 11)[:224][None].repeat(224, 0)
+    image = np.full((224, 224, 3), 77, np.uint8)
+    evaluation.draw_figure(["one", "two"], [("tile", image, labels, [labels, labels], ["", ""])],
+                           data.CLASSES["bcss512"], tmp_path / "figure.png")
+    picture = Image.open(tmp_path / "figure.png")
+    assert picture.width == 4 * 234 + 10
+    assert {tuple(colour) for colour in data.PALETTE[labels[0]].tolist()} <= colours_of(
+        picture.crop((244, 40, 468, 264)))
+    legend = picture.crop((0, 290, *picture.size))
+    assert {tuple(data.PALETTE[label].tolist()) for label in set(labels[0])} <= colours_of(legend)
+
+
+def test_figure_and_curves_from_checkpoints(whole, capsys, tmp_path):  # noqa: F811
+    _, out = evaluated(capsys, whole.out / "best.pt", whole.out / "best.pt", "--figure",
+                       tmp_path / "figure.png", "--curves", tmp_path / "curves.png")
+    assert "figure.png: 2 test tiles" in out  # all there are, each once
+    assert Image.open(tmp_path / "figure.png").width == 4 * 234 + 10
+    assert Image.open(tmp_path / "curves.png").size[0] == 1200
+    test = made_up_tiles()[2][PARTS["test"][0]]
+    name = f"{test[0]}/{test[1]}/{test[2]}"
+    _, out = evaluated(capsys, whole.out / "best.pt", "--figure", tmp_path / "figure.png",
+                       "--tiles", name)
+    assert "figure.png: 1 test tiles" in out
+    with pytest.raises(ValueError, match="nowhere/0/0: no such test tile"):
+        evaluated(capsys, whole.out / "best.pt", "--figure", tmp_path / "x.png",
+                  "--tiles", "nowhere/0/0")
