@@ -6,6 +6,7 @@ Read the three skips first: their difference is the paper. Both networks use the
 """
 
 import os
+import platform
 import re
 import threading
 import urllib.error
@@ -83,6 +84,19 @@ class FusionSkip(nn.Module):
 
 SKIPS = {"standard": StandardSkip, "conv": ConvSkip, "fusion": FusionSkip}
 
+def he_init(blocks):
+    """Draw 3x3 convolutions' weights as U-Net's authors did: Gaussian, std sqrt(2 / inputs).
+
+    The signal then keeps its size through the ReLUs, where PyTorch's default shrinks it. The paper
+    does not say what it did.
+    """
+    for block in blocks:
+        for layer in block:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+
 # -----------------------------------------------------------------------------
 # U-Net
 
@@ -108,6 +122,7 @@ class UNet(nn.Module):
         self.up = nn.ModuleList(nn.ConvTranspose2d(c, d, 2, stride=2) for c, d in ups)
         self.decoder = nn.ModuleList(self.block(c, d) for c, d in ups)
         self.head = nn.Conv2d(width, num_classes, 1)
+        he_init([*self.encoder, *self.decoder])
 
     @staticmethod
     def block(c, d):
@@ -173,6 +188,7 @@ class SwinUNet(nn.Module):
         self.decoder = nn.ModuleList(self.block(c, d) for c, d in [
             (768, 384), (384 + 768, 192), (192 + 384, 96), (96 + 192, 64)])
         self.head = nn.Conv2d(64, num_classes, 1)
+        he_init(self.decoder)
 
     @staticmethod
     def block(c, d):
@@ -318,6 +334,14 @@ def pick_device(name=None):
         raise ValueError(f"--device {name} does not work here: {first_line(error)}") from None
 
 
+def describe(device):
+    """What a measurement was made on: the card's name, or the kind of CPU and its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return (f"{device.type}, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, "
+            f"{torch.get_num_threads()} threads")
+
+
 def autocast(device):
     """Half precision on CUDA, bfloat16 or, where a card has none, float16; elsewhere nothing."""
     if device.type != "cuda":
@@ -356,13 +380,19 @@ def build_model(checkpoint, path):
     return model
 
 
-if __name__ == "__main__":
+def table_1():
+    """Parameter counts of every combination beside the paper's Table 1, as text for people."""
     paper = {("unet", "standard"): "31,043,521", ("swin_unet", "conv"): "35,383,483"}
-    print("parameters             1 class    3 classes   22 classes   paper, Table 1")
+    lines = ["parameters             1 class    3 classes   22 classes   paper, Table 1"]
     for model in MODELS:
         for skip in SKIPS:
             with torch.device("meta"):  # counts need no memory
                 networks = [create_model(model, skip, num_classes) for num_classes in (1, 3, 22)]
             counts = [sum(p.numel() for p in network.parameters()) for network in networks]
-            print(f"{model:10}{skip:8}" + "".join(f"{count:>13,}" for count in counts)
-                  + f"{paper.get((model, skip), '-'):>17}")
+            lines.append(f"{model:10}{skip:8}" + "".join(f"{count:>13,}" for count in counts)
+                         + f"{paper.get((model, skip), '-'):>17}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table_1())

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
+from losses import loss_for
 from models import (MODELS, SKIPS, ConvSkip, FusionSkip, StandardSkip, SwinUNet, UNet, build_model,
                     create_model, load_checkpoint, load_encoder)
 
@@ -123,19 +124,29 @@ def test_unet_concatenates_what_the_skip_returns():
         assert (network(images) - before).abs().max() > 1e-4, level
 
 
-def kept_for_backward(network, images):
+def test_3x3_convolutions_start_as_u_nets_authors_drew_them(swin):
+    torch.manual_seed(0)
+    network, seen = UNet("conv", 1, width=16), 0
+    for block in [*network.encoder, *network.decoder, *swin.decoder]:
+        for layer in block[::3] if len(block) == 6 else block[::2]:
+            std = (2 / (9 * layer.in_channels)) ** 0.5
+            assert layer.weight.std().item() == pytest.approx(std, rel=0.1) and not layer.bias.any()
+            seen += 1
+    assert seen == 2 * (5 + 4 + 4)
+
+
+def kept_for_backward(network, images, loss=lambda logits: logits):
     """Bytes of the distinct tensors that a forward pass keeps, weights aside, and its output."""
-    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    kept = {}
+    weights, kept = {p.untyped_storage()._cdata for p in network.parameters()}, {}
 
     def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+        kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits = network(images)
+        output = loss(network(images))
     return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items()
-               if address not in weights), logits
+               if address not in weights), output
 
 
 def test_checkpointing_changes_nothing_but_memory():
@@ -153,6 +164,19 @@ def test_checkpointing_changes_nothing_but_memory():
     for a, b in zip(plain.buffers(), saving.buffers()):  # counted once, though computed twice
         torch.testing.assert_close(a, b)
     assert kept[1] < 0.55 * kept[0]
+
+
+@pytest.mark.parametrize("skip", SKIPS)
+@pytest.mark.parametrize("model", MODELS)
+def test_batch_50_in_half_precision_and_checkpointed_fits_8_gb(model, skip):
+    """The paper could not train the U-Net with fusion. Counted on the meta device, which computes
+    nothing; on top of it comes the block being computed anew, below 2 GB."""
+    with torch.device("meta"):
+        network = create_model(model, skip, 22, checkpointing=True).bfloat16()
+        images, masks = torch.empty(50, 3, 224, 224).bfloat16(), torch.empty(50, 224, 224).long()
+        kept, _ = kept_for_backward(network, images, lambda x: loss_for(22)(x, masks).mean())
+    weights = sum(16 * p.numel() for p in network.parameters())  # gradients and Adam's two as well
+    assert 2e9 < kept < 8e9 - 2e9 - weights
 
 
 def test_fusion_multiplies_less_than_convolving_first():
