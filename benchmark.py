@@ -1,7 +1,7 @@
 """Time and memory of everything in a training step, next to how it is commonly written.
 
-    python benchmark.py                              # on 2 CPU cores: a quarter of an hour
-    python benchmark.py --batch-size 50 --compile    # the paper's batch, on a GPU
+    python benchmark.py                     # on 2 CPU cores: a quarter of an hour
+    python benchmark.py --compile           # on a GPU: batches of 8 and 50, as in the paper
     python benchmark.py --json speed.json
 
 The baseline, defined below, is the same network as people commonly write it: float32, contiguous,
@@ -23,10 +23,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from data import augment, draw_augmentation, get_batch, live, normalize, positive, run, synthetic
 from losses import loss_for
-from models import MODELS, SKIPS, FusionSkip, autocast, create_model, pick_device
+from models import MODELS, SKIPS, FusionSkip, autocast, create_model, describe, pick_device
 
 # -----------------------------------------------------------------------------
 # The baseline
@@ -87,7 +88,7 @@ def naive_augment(image, mask, rng):
                 for line in lines]
         image, mask = warp(image, mask, *np.meshgrid(*bent))
     if rng.random() < 0.5:
-        image = (image * rng.uniform(0.8, 1.2)).clip(0, 255).astype(np.uint8)
+        image = (image + rng.uniform(-51, 51)).clip(0, 255).astype(np.uint8)
     return image, mask
 
 
@@ -147,7 +148,7 @@ class Trainer:
             plain, network.skip = network.skip, NaiveFusion([c.in_channels for c in
                                                              network.skip.convs])
             network.skip.load_state_dict(plain.state_dict())
-        fast = device.type == "cuda" and not naive
+        self.fast = fast = device.type == "cuda" and not naive
         self.format = torch.channels_last if fast else torch.contiguous_format
         self.network = network.to(device, memory_format=self.format)
         self.optimizer = torch.optim.Adam(self.network.parameters(), 1e-3,
@@ -157,6 +158,7 @@ class Trainer:
         self.batch, self.labels, self.loss_fn = batch, labels, loss_for(1)
 
     def forward(self):
+        torch.backends.cudnn.benchmark = self.fast
         with self.precision:
             return self.run(normalize(self.batch).contiguous(memory_format=self.format))
 
@@ -170,45 +172,50 @@ class Trainer:
             self.forward()
 
 
-def line(name, result, unit="", memory=""):
+def matmul_rate(device):
+    """The most operations a second that matrices multiply at, in the precision that we train in."""
+    size = 8192 if device.type == "cuda" else 2048
+    with autocast(device):
+        one, other = torch.randn(2, size, size, device=device)
+        return 2 * size**3 / min(seconds(lambda: one @ other, device) for _ in range(10))
+
+
+def show(name, result, *more):
     spread = f"{result['ratio']:6.2f} ({result['lowest']:.2f} to {result['highest']:.2f})"
-    live(f"{name:34}{1000 * result['seconds']:10.1f} ms  {spread:24}{unit:16}{memory}\n")
+    live(f"{name:36}{1000 * result['seconds']:9.1f} ms {result['images_per_second']:9.2f}   "
+         f"{spread:24}{'  '.join(more)}\n")
 
 
-def main(args):
-    device, n = pick_device(args.device), args.batch_size
-    name = (torch.cuda.get_device_name() if device.type == "cuda" else
-            f"{torch.get_num_threads()} threads")
-    print(f"torch {torch.__version__}, {device.type}, {name}, batch {n}, width {args.width}, "
-          f"{args.turns} turns")
-    print(f"{'':34}{'ours':>13}  {'baseline / ours':24}{'':16}peak memory, baseline / ours")
-    results = {"torch": torch.__version__, "device": device.type, "name": name, **vars(args)}
+def measure_network(model, skip, n, rate, device, args):
+    """A training step and a forward pass of one network, on batches of n tiles -> dict of dicts."""
     images, masks, _ = synthetic(n)
     batch, labels = get_batch(images, masks, torch.arange(n), device)
+    ours, baseline = (Trainer(model, skip, batch, labels, device, naive, args)
+                      for naive in (False, True))
+    step = compare(ours.step, baseline.step, device, args.turns)
+    peaks = [peak_bytes(trainer.step, device) for trainer in (ours, baseline)]
+    ours.run = ours.network  # operations of a compiled network would not be seen
+    with FlopCounterMode(display=False) as counter:
+        ours.step()
+    share = counter.get_total_flops() / step["seconds"] / rate
+    step |= {"images_per_second": n / step["seconds"], "peak_bytes": peaks[0],
+             "peak_ratio": peaks[1] / peaks[0], "share_of_matmul_rate": share}
+    show(f"{model} {skip}, batch {n}: step", step, f"{peaks[0] / 1e6:,.0f} MB, "
+         f"{step['peak_ratio']:.2f}", f"{100 * share:.0f} % of the matmul rate")
+    forward = compare(ours.predict, baseline.predict, device, args.turns)
+    forward["images_per_second"] = n / forward["seconds"]
+    show("    forward", forward)
+    return {"step": step, "forward": forward}
 
-    # Whole training steps, and forward passes alone.
-    for model in args.models:
-        for skip in args.skips:
-            ours, baseline = (Trainer(model, skip, batch, labels, device, naive, args)
-                              for naive in (False, True))
-            result = compare(ours.step, baseline.step, device, args.turns)
-            peaks = [peak_bytes(trainer.step, device) for trainer in (ours, baseline)]
-            result |= {"peak_bytes": peaks[0], "peak_ratio": peaks[1] / peaks[0]}
-            line(f"{model} {skip}: step", result, f"{n / result['seconds']:.2f} images/s",
-                 f"{peaks[0] / 1e6:,.0f} MB, {peaks[1] / peaks[0]:.2f}")
-            results[f"{model} {skip} step"] = result
-            result = compare(ours.predict, baseline.predict, device, args.turns)
-            line(f"{model} {skip}: forward", result, f"{n / result['seconds']:.2f} images/s")
-            results[f"{model} {skip} forward"] = result
 
-    # Augmentation and data, and their share of the first step above.
-    rng, turns = np.random.default_rng(0), max(args.turns, 10)
-    generator = torch.Generator().manual_seed(0)
-    result = compare(lambda: augment(batch, labels, draw_augmentation(n, generator)),
-                     lambda: [naive_augment(images[i].numpy(), masks[i].numpy(), rng)
-                              for i in range(n)], device, turns)
-    line("augmentation", result, f"{n / result['seconds']:.0f} images/s")
-    results["augmentation"] = result
+def measure_data(device, turns):
+    """Augmentation and reading of 50 tiles, the paper's larger batch -> dict of dicts."""
+    n, rng, generator = 50, np.random.default_rng(0), torch.Generator().manual_seed(0)
+    images, masks, _ = synthetic(n)
+    batch, labels = get_batch(images, masks, torch.arange(n), device)
+    augmentation = compare(lambda: augment(batch, labels, draw_augmentation(n, generator)),
+                           lambda: [naive_augment(images[i].numpy(), masks[i].numpy(), rng)
+                                    for i in range(n)], device, turns)
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder, "images.npy"), images.numpy())
         np.save(Path(folder, "masks.npy"), masks.numpy())
@@ -218,17 +225,40 @@ def main(args):
         mapped = [torch.from_numpy(np.load(Path(folder, f"{kind}.npy"), mmap_mode="c"))
                   for kind in ("images", "masks")]
         order = torch.randperm(n)
-        result = compare(lambda: [tensor[order] for tensor in mapped],
-                         lambda: [np.asarray(Image.open(Path(folder, f"{i}{kind}.png")))
-                                  for i in range(n) for kind in ("", "_mask")], device, turns)
-        line("reading tiles, against PNG", result, f"{n / result['seconds']:.0f} images/s")
-        results["reading"] = result
+        reading = compare(lambda: [tensor[order] for tensor in mapped],
+                          lambda: [np.asarray(Image.open(Path(folder, f"{i}{kind}.png")))
+                                   for i in range(n) for kind in ("", "_mask")], device, turns)
         whole = statistics.median(seconds(lambda: get_batch(*mapped, order, device), device)
                                   for _ in range(turns))
-    first = results[f"{args.models[0]} {args.skips[0]} step"]["seconds"]
-    share = (whole + results["augmentation"]["seconds"]) / first
-    print(f"data and augmentation: {100 * share:.2f} % of a {args.models[0]} {args.skips[0]} step")
-    results["data and augmentation share"] = share
+    for name, result in ("augmentation", augmentation), ("reading tiles, against PNG", reading):
+        result["images_per_second"] = n / result["seconds"]
+        show(name, result)
+    return {"augmentation": augmentation, "reading": reading,
+            "seconds_per_image": (whole + augmentation["seconds"]) / n}
+
+
+def main(args):
+    device = pick_device(args.device)
+    sizes = args.batch_size or ([8, 50] if device.type == "cuda" else [2])
+    rate = matmul_rate(device)
+    print(f"torch {torch.__version__}, {describe(device)}, width {args.width}, {args.turns} turns, "
+          f"matmul {rate / 1e12:.3g} TFLOP/s")
+    print(f"{'ours':>48} {'images/s':>9}   {'baseline / ours':24}peak memory, baseline / ours")
+    results = {"torch": torch.__version__, **vars(args), "device": describe(device),
+               "matmul_rate": rate, "data": measure_data(device, max(args.turns, 10))}
+    for n in sizes:
+        for model in args.models:
+            for skip in args.skips:
+                name = f"{model} {skip}, batch {n}"
+                try:
+                    results[name] = measure_network(model, skip, n, rate, device, args)
+                except torch.OutOfMemoryError:
+                    live(f"{name}: does not fit, ours or the baseline\n")
+                    continue
+                share = (results["data"]["seconds_per_image"]
+                         * results[name]["step"]["images_per_second"])
+                results[name]["data_share"] = share
+                live(f"    data and augmentation: {100 * share:.2f} % of a step\n")
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1))
     return results
@@ -238,7 +268,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--skips", nargs="+", choices=SKIPS, default=list(SKIPS))
-    parser.add_argument("--batch-size", type=positive(int), default=2, help="tiles (default: 2)")
+    parser.add_argument("--batch-size", type=positive(int), nargs="+", metavar="TILES",
+                        help="one or several (default: 8 50 on CUDA, 2 elsewhere)")
     parser.add_argument("--width", type=positive(int), default=64, help="of the U-Net")
     parser.add_argument("--turns", type=positive(int), default=5, help="measurements of each")
     parser.add_argument("--compile", action="store_true", help="torch.compile ours")
