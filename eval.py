@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data import (CLASSES, PALETTE, TILE, fingerprint, get_batch, load, normalize, positive,
                   replace, run, split_tiles)
 from losses import loss_for
-from models import autocast, build_model, load_checkpoint, pick_device
+from models import MODELS, SKIPS, autocast, build_model, load_checkpoint, pick_device
 
 # -----------------------------------------------------------------------------
 # Metrics
@@ -149,33 +149,54 @@ def table(scores, names):
     return "\n".join(lines)
 
 
-def table_2(results):
-    """The paper's Table 2 as Markdown: mean +- standard deviation over seeds, (the paper's)."""
-    groups, columns = {}, []
+def changes(result):
+    """The flags by which a run's recipe differs from the paper's; empty where it does not."""
+    from train import RECIPES  # here, as train.py imports this file
+    args, recipe = result["args"], RECIPES[result["args"]["data"]]
+    flags = [f"--{name.replace('_', '-')} {args[name]}" for name, paper in
+             (("epochs", recipe["epochs"]), ("batch_size", recipe["batch_size"]),
+              ("lr", recipe[args["model"]]), ("width", recipe["width"])) if args[name] != paper]
+    if args["ignore_index"]:
+        flags.append(f"--ignore-index {' '.join(map(str, args['ignore_index']))}")
+    if args["model"] == "swin_unet" and result["weights"] == "from scratch":
+        flags.append("--no-pretrained")
+    return " ".join(flags)
+
+
+def table_2(results, average):
+    """The paper's Table 2 as Markdown: mean +- standard deviation over seeds, (the paper's).
+
+    average: "per_tile", as the paper's, or "global". A result holds a run's args, weights and
+    scores. Runs share a cell if they differ in the seed alone; ValueError if in nothing.
+    """
+    cells, columns = {}, []
     for result in results:
         args = result["args"]
-        name = args["model"] + (f" (width {args['width']})" if args["width"] != 64 else "")
-        column = (args["data"], args["split"])
+        column, row = (args["data"], args["split"]), (args["model"], args["skip"], changes(result))
         columns += [column] if column not in columns else []
-        groups.setdefault((name, args["model"], args["skip"]), {}).setdefault(
-            column, []).append(result["per_tile"])
+        cells.setdefault(row, {}).setdefault(column, {})
+        if cells[row][column].setdefault(args["seed"], result[average]) is not result[average]:
+            raise ValueError(f"two runs of {' '.join(row + column)} have seed {args['seed']}: a "
+                             "mean over seeds takes each once")
 
-    def cell(runs, name, paper):
-        values = [100 * run[name] for run in runs]
+    def cell(runs, metric, paper):
+        values = [100 * run[metric] for run in runs.values()]
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.2f}{spread}" + (f" ({paper:.2f})" if paper else "")
 
     lines = ["| Model | Skip |" + "".join(f" {data}, {split} split: mIoU | F1 | Runs |"
                                           for data, split in columns),
              "|---|---|" + "--:|--:|--:|" * len(columns)]
-    for (name, model, skip), runs in sorted(groups.items(), reverse=True):
-        line = f"| {name} | {skip} |"
+    for row in sorted(cells, key=lambda row: ([*MODELS].index(row[0]), row[2],
+                                              [*SKIPS].index(row[1]))):
+        model, skip, changed = row
+        line = f"| {model} {changed} | {skip} |"
         for column in columns:
-            same = column[1] == "tile" and name == model  # the paper's split and width
+            same = (average, column[1], changed) == ("per_tile", "tile", "")  # as in the paper
             paper = PAPER.get((column[0], model, skip) if same else None, (None, None))
-            values = runs.get(column)
-            line += (f" {cell(values, 'iou', paper[0])} | {cell(values, 'f1', paper[1])} | "
-                     f"{len(values)} |" if values else " - | - | - |")
+            runs = cells[row].get(column)
+            line += (f" {cell(runs, 'iou', paper[0])} | {cell(runs, 'f1', paper[1])} | "
+                     f"{len(runs)} |" if runs else " - | - | - |")
         lines.append(line)
     return "\n".join(lines)
 
@@ -328,8 +349,9 @@ def score_checkpoint(path, args):
                          "have seen these test tiles: prepare the same images again")
     loss_fn = loss_for(checkpoint["num_classes"], trained["ignore_index"])
     confusions, _ = evaluate(model, images, masks, parts["test"], loss_fn, device, args.batch_size)
-    return {"checkpoint": str(path), "args": trained, "epoch": checkpoint["epoch"],
-            **score(confusions, trained["ignore_index"]), "confusion": confusions.sum(0).tolist()}
+    return {"checkpoint": str(path), "epoch": checkpoint["epoch"], "args": trained,
+            "weights": checkpoint["weights"], **score(confusions, trained["ignore_index"]),
+            "confusion": confusions.sum(0).tolist()}
 
 
 def parse_args(argv=None):
@@ -355,8 +377,10 @@ def main(args):
               f"{len(results[0]['tiles'])} test tiles of the {trained['split']} split, percent")
         print(table(results[0], CLASSES[trained["data"]]))
     else:
-        print(table_2(results))
-        print("\nPercent, per tile: mean ± standard deviation over runs (the paper's number)")
+        for average in "per_tile", "global":
+            print(f"\n{average.replace('_', ' ')}, percent: mean ± standard deviation over runs"
+                  f"{' (the number of the paper)' if average == 'per_tile' else ''}\n")
+            print(table_2(results, average))
     if args.json:
         replace(args.json, json.dumps(results, indent=1))
     if args.figure:

@@ -26,7 +26,7 @@ from data import (CLASSES, augment, draw_augmentation, fingerprint, get_batch, l
                   normalize, positive, replace, run, split_tiles)
 from eval import draw_curves, evaluate, score, table
 from losses import loss_for
-from models import (MODELS, SKIPS, autocast, build_model, create_model, load_checkpoint,
+from models import (MODELS, SKIPS, autocast, build_model, create_model, describe, load_checkpoint,
                     load_encoder, pick_device)
 
 # The paper's recipes (3.2). It writes the rates "10e-3" and "10e-5" and means 1e-3 and 1e-5. The
@@ -138,7 +138,7 @@ def main(args):
     best, last = args.out / "best.pt", args.out / "last.pt"
     state = {"args": {name: getattr(args, name) for name in RECIPE}, "num_classes": num_classes,
              "split": fingerprint(rows, parts), "weights": "from scratch", "epoch": 0, "step": 0,
-             "losses": [], "log": []}
+             "losses": [], "log": [], "seconds": []}  # of training, after each epoch
     if args.resume:
         state = resume(last, state, *trained)
     elif last.exists() or best.exists() or (args.out / "log.csv").exists():
@@ -166,6 +166,8 @@ def main(args):
     losses[:state["step"]] = torch.tensor(state["losses"])
     steps_done, steps_left = 0, (args.epochs - state["epoch"]) * num_steps - state["step"]
     start = saved = shown = time.time()
+    begun = start - (state["seconds"][-1] if state["seconds"] else 0)
+    del state["seconds"][state["epoch"]:]  # the time until a save within an epoch
     reader = ThreadPoolExecutor(1)
     for epoch in range(state["epoch"] + 1, args.epochs + 1):
         # Train one epoch: the training tiles in an order of its own, without an incomplete batch.
@@ -212,8 +214,8 @@ def main(args):
                          f"{losses[step].item():.4f}, {speed:.1f} images/s, {left} left")
             if rank == 0 and now - saved > 60 * args.save_every and step < num_steps - 1:
                 check_finite(losses[:step + 1], f"epoch {epoch}, step", last)
-                save(last, state | {"step": step + 1, "losses": losses[:step + 1].tolist()},
-                     *trained)
+                save(last, state | {"step": step + 1, "losses": losses[:step + 1].tolist(),
+                                    "seconds": state["seconds"] + [now - begun]}, *trained)
                 saved = now
 
         # Validate, then write the log, the best epoch's weights, and all that it takes to go on.
@@ -227,6 +229,7 @@ def main(args):
                     "val_loss": val_losses.mean().item(),
                     **{f"val_{name}_{average}": scores[average][name] or 0.0
                        for average in ("per_tile", "global") for name in ("iou", "f1")}})
+        state["seconds"].append(time.time() - begun)
         state |= {"epoch": epoch, "step": 0, "losses": []}
         if rank == 0:
             live(f"epoch {epoch}/{args.epochs}: train loss {log[-1]['train_loss']:.4f}, val loss "
@@ -250,7 +253,10 @@ def main(args):
     if rank == 0:
         print(f"test, {len(parts['test'])} tiles, weights of epoch {checkpoint['epoch']}, percent")
         print(table(scores, CLASSES[args.data]))
-        replace(args.out / "scores.json", json.dumps(state["args"] | scores, indent=1))
+        run_facts = {name: state[name] for name in ("args", "weights", "log", "seconds")} | {
+            "epoch": checkpoint["epoch"], "images": [rows[i][0] for i in parts["test"]],
+            "torch": torch.__version__, "device": describe(device), "processes": world}
+        replace(args.out / "scores.json", json.dumps(run_facts | scores, indent=1))
         print(f"in {args.out}: best.pt, last.pt, log.csv, curves.png, scores.json")
     if world > 1:
         dist.destroy_process_group()
@@ -290,8 +296,10 @@ def resume(path, state, model, optimizer, scaler):
     if not path.exists():
         raise FileNotFoundError(f"{path}: no run to go on with: start it without --resume")
     checkpoint = load_checkpoint(path)
-    if "optimizer" not in checkpoint:
-        raise ValueError(f"{path}: holds weights alone, nothing to go on with: was it a best.pt?")
+    missing = [name for name in (*state, "optimizer", "scaler") if name not in checkpoint]
+    if missing:
+        raise ValueError(f"{path}: holds no {missing[0]}, nothing to go on with: a best.pt, or of "
+                         "an older version? Start anew, in another --out")
     for name, value in state["args"].items():
         if checkpoint["args"].get(name) != value and name != "epochs":
             raise ValueError(f"--{name.replace('_', '-')} {value}: {path} was trained with "

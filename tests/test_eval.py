@@ -185,33 +185,48 @@ def test_one_network_in_detail_scores_as_at_the_end_of_training(whole, capsys, t
     assert np.sum(stored["confusion"]) == 2 * 32 * 32
 
 
-def test_several_networks_become_table_2_with_mean_and_deviation_over_seeds():
-    def result(iou, f1, *flags):
-        args = vars(train.parse_args(["--data", "monuseg", *flags]))
-        return {"args": args, "per_tile": {"iou": iou, "f1": f1}}
+def result(iou, f1, *flags, weights="from scratch"):
+    args = vars(train.parse_args(["--data", "monuseg", *flags]))
+    return {"args": args, "weights": weights, "per_tile": {"iou": iou, "f1": f1},
+            "global": {"iou": iou - 0.1, "f1": f1 - 0.1}}
 
+
+def test_several_networks_become_table_2_with_mean_and_deviation_over_seeds():
     conv = "--skip", "conv"
-    lines = evaluation.table_2([
+    results = [
         result(0.70, 0.80, *conv), result(0.72, 0.81, *conv, "--seed", "1"),
         result(0.74, 0.85, *conv, "--seed", "2"), result(0.6543, 0.7654, "--width", "32"),
-        result(0.5, 0.6, *conv, "--data", "bcss"), result(0.4, 0.5, "--model", "swin_unet"),
-    ]).splitlines()
-    rows = {tuple(cells[:2]): cells[2:] for line in lines[2:]
-            if (cells := [cell.strip() for cell in line.strip("|").split("|")])}
-    assert "monuseg" in lines[0] and "bcss" in lines[0]
-    assert len({line.count("|") for line in lines}) == 1  # else it is no Markdown table
+        result(0.66, 0.77, "--epochs", "5"), result(0.5, 0.6, *conv, "--data", "bcss"),
+        result(0.4, 0.5, "--model", "swin_unet", weights="a file"),
+        result(0.3, 0.5, "--model", "swin_unet"),
+        result(0.2, 0.5, *conv, "--data", "bcss", "--ignore-index", "0")]
+    tables = {}
+    for average in "per_tile", "global":
+        lines = evaluation.table_2(results, average).splitlines()
+        assert "monuseg" in lines[0] and "bcss" in lines[0]
+        assert len({line.count("|") for line in lines}) == 1  # else it is no Markdown table
+        tables[average] = {tuple(cells[:2]): cells[2:] for line in lines[2:]
+                           if (cells := [cell.strip() for cell in line.strip("|").split("|")])}
+    rows, nothing = tables["per_tile"], ["-", "-", "-"]
     assert rows["unet", "conv"] == [  # deviations: sqrt((4 + 0 + 4) / 2), sqrt((4 + 1 + 9) / 2)
         "72.00 ± 2.00 (67.32)", "82.00 ± 2.65 (80.28)", "3", "50.00 (33.78)", "60.00 (47.42)", "1"]
-    assert rows["unet (width 32)", "standard"][:3] == ["65.43", "76.54", "1"]  # not the paper's
-    assert rows["swin_unet", "standard"] == ["40.00 (63.98)", "50.00 (77.65)", "1", "-", "-", "-"]
+    assert rows["unet --width 32", "standard"] == ["65.43", "76.54", "1", *nothing]
+    assert rows["unet --epochs 5", "standard"] == ["66.00", "77.00", "1", *nothing]
+    assert rows["unet --ignore-index 0", "conv"] == [*nothing, "20.00", "50.00", "1"]
+    assert rows["swin_unet", "standard"] == ["40.00 (63.98)", "50.00 (77.65)", "1", *nothing]
+    assert rows["swin_unet --no-pretrained", "standard"] == ["30.00", "50.00", "1", *nothing]
+    assert tables["global"]["unet", "conv"][:2] == ["62.00 ± 2.00", "72.00 ± 2.65"]
+    with pytest.raises(ValueError, match="two runs of unet conv .*seed 2"):
+        evaluation.table_2([*results, result(0.74, 0.85, *conv, "--seed", "2")], "per_tile")
 
 
-def test_several_checkpoints_print_the_table(whole, capsys, tmp_path):  # noqa: F811
-    fit(tmp_path, "--seed", "1", "--epochs", "1")
+def test_several_checkpoints_print_both_tables(whole, capsys, tmp_path):  # noqa: F811
+    fit(tmp_path, "--seed", "1")
     results, out = evaluated(capsys, whole.out / "best.pt", tmp_path / "best.pt")
-    row = next(line for line in out.splitlines() if line.startswith("| unet"))
-    ious = [100 * result["per_tile"]["iou"] for result in results]
-    assert f"{statistics.mean(ious):.2f} ± {abs(ious[0] - ious[1]) / 2**0.5:.2f} |" in row
+    rows = [line for line in out.splitlines() if line.startswith("| unet")]
+    for row, average in zip(rows, ("per_tile", "global"), strict=True):
+        ious = [100 * result[average]["iou"] for result in results]
+        assert f"{statistics.mean(ious):.2f} ± {abs(ious[0] - ious[1]) / 2**0.5:.2f} |" in row
 
 
 def test_the_papers_table_2():
@@ -295,7 +310,8 @@ def test_more_classes_show_their_palette_colour_and_a_legend(tmp_path):
 
 
 def test_figure_and_curves_from_checkpoints(whole, capsys, tmp_path):  # noqa: F811
-    _, out = evaluated(capsys, whole.out / "best.pt", whole.out / "best.pt", "--figure",
+    fit(tmp_path / "run", "--seed", "1", "--epochs", "1")
+    _, out = evaluated(capsys, whole.out / "best.pt", tmp_path / "run/best.pt", "--figure",
                        tmp_path / "figure.png", "--curves", tmp_path / "curves.png")
     assert "figure.png: 2 test tiles" in out  # all there are, each once
     assert Image.open(tmp_path / "figure.png").width == 4 * 234 + 10
