@@ -507,14 +507,14 @@ ELASTIC_CELLS = 7     # elastic: random shifts on a grid of 7 x 7 cells of 32 pi
 ELASTIC_STD = 8       # pixels, their standard deviation before smoothing
 GRID_CELLS = 5        # grid distortion: rows and columns of 5 cells each grow or shrink
 GRID_STRETCH = 0.3    # by up to 30 %
-BRIGHTNESS = 0.2      # brightness rises or falls by up to 20 % of white
+BRIGHTNESS = 0.2      # brightness changes by up to 20 %
 
 
 def draw_augmentation(n, generator):
     """Draw the random parameters of n tiles: small tensors on the CPU, the same for any device.
 
     matrix (n, 2, 2): flips and rotation; columns, rows (n, 6): the grid's distorted lines, -1..1;
-    elastic (n, 2, 10, 10): shifts at the grid's points; brightness (n,): what is added to pixels.
+    elastic (n, 2, 10, 10): shifts at the grid's points; brightness (n,): factors.
     """
     def uniform(*shape):  # -1..1
         return 2 * torch.rand(*shape, generator=generator) - 1
@@ -530,7 +530,7 @@ def draw_augmentation(n, generator):
     shifts = torch.randn(n, 2, ELASTIC_CELLS + 3, ELASTIC_CELLS + 3, generator=generator)
     return {"matrix": rotation * flips[:, None], "columns": lines[:, 0], "rows": lines[:, 1],
             "elastic": shifts * chance(n, 1, 1, 1) * ELASTIC_STD * 2 / TILE,
-            "brightness": BRIGHTNESS * uniform(n) * chance(n)}
+            "brightness": 1 + BRIGHTNESS * uniform(n) * chance(n)}
 
 
 def augment(images, masks, draws):
@@ -555,7 +555,7 @@ def augment(images, masks, draws):
     images = F.grid_sample(images, grid, "bilinear", "reflection", align_corners=False)
     warped = F.grid_sample(masks[:, None].float(), grid, "nearest", "reflection",
                            align_corners=False)
-    return images.add_(brightness.view(n, 1, 1, 1)).clamp_(0, 1), warped[:, 0].to(masks.dtype)
+    return images.mul_(brightness.view(n, 1, 1, 1)).clamp_(0, 1), warped[:, 0].to(masks.dtype)
 
 
 def linear_basis(size, device):
