@@ -225,7 +225,7 @@ def measure_data(device, turns):
         mapped = [torch.from_numpy(np.load(Path(folder, f"{kind}.npy"), mmap_mode="c"))
                   for kind in ("images", "masks")]
         order = torch.randperm(n)
-        reading = compare(lambda: [tensor[order] for tensor in mapped],
+        reading = compare(lambda: [tensor.index_select(0, order) for tensor in mapped],
                           lambda: [np.asarray(Image.open(Path(folder, f"{i}{kind}.png")))
                                    for i in range(n) for kind in ("", "_mask")], device, turns)
         whole = statistics.median(seconds(lambda: get_batch(*mapped, order, device), device)

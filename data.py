@@ -487,7 +487,7 @@ def synthetic_tile(rng):
 def get_batch(images, masks, indices, device):
     """Cut tiles out of the set -> images (n, 3, 224, 224) float 0..1, masks (n, 224, 224) int64."""
     indices = indices.to(images.device)
-    batch, labels = images[indices], masks[indices]
+    batch, labels = (tensor.index_select(0, indices) for tensor in (images, masks))  # copies rows
     if batch.device != device and torch.device(device).type == "cuda":
         batch, labels = batch.pin_memory(), labels.pin_memory()
     batch = batch.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
