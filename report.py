@@ -23,15 +23,6 @@ PAPER_HOURS = {  # 3.2, to train one network on an RTX 3070
     ("bcss", "swin_unet"): 10, ("bcss512", "unet"): 10, ("bcss512", "swin_unet"): 2}
 
 
-def group(runs, *names):
-    """Collect runs by these of their args and their recipe -> {(values..., flags): [runs]}."""
-    groups = {}
-    for result in runs:
-        key = (*(result["args"][name] for name in names), changes(result))
-        groups.setdefault(key, []).append(result)
-    return groups
-
-
 def markdown(titles, rows):
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
@@ -57,11 +48,12 @@ def skip_differences(runs):
                 tiles.setdefault(image, []).append(iou)
         return {image: statistics.mean(ious) for image, ious in tiles.items()}
 
-    rows = []
-    for (data, split, model, flags), results in group(runs, "data", "split", "model").items():
-        by_skip = {}
-        for result in results:
-            by_skip.setdefault(result["args"]["skip"], {})[result["args"]["seed"]] = result
+    recipes, rows = {}, []  # recipes[what all its runs share][skip][seed]
+    for result in runs:
+        args = result["args"]
+        recipe = args["data"], args["split"], args["model"], changes(result)
+        recipes.setdefault(recipe, {}).setdefault(args["skip"], {})[args["seed"]] = result
+    for (data, split, model, flags), by_skip in recipes.items():
         for skip in "conv", "fusion":
             standard, other = by_skip.get("standard", {}), by_skip.get(skip, {})
             pairs = [(other[seed], standard[seed]) for seed in sorted(standard.keys() & other)]
