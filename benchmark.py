@@ -1,6 +1,6 @@
 """Time and memory of everything in a training step, next to how it is commonly written.
 
-    python benchmark.py                     # on 2 CPU cores: a quarter of an hour
+    python benchmark.py --turns 4           # took five and a half minutes on 2 CPU cores
     python benchmark.py --compile           # on a GPU: batches of 8 and 50, as in the paper
     python benchmark.py --json speed.json
 

@@ -36,7 +36,7 @@ def test_the_baseline_learns_the_same_from_a_batch():
     torch.testing.assert_close(pair[0].network.head.weight, pair[1].network.head.weight)
 
 
-def test_naive_augmentation_moves_image_and_mask_alike_and_about_as_far_as_ours(monkeypatch):
+def test_naive_augmentation_moves_image_and_mask_alike_and_about_as_far_as_ours():
     y, x = np.mgrid[:224, :224]
     mask = ((x // 56 + y // 56) % 2).astype(np.uint8)
     image = np.repeat(mask[..., None] * 255, 3, axis=2)
