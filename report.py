@@ -1,10 +1,11 @@
-"""Rebuild the tables of results/README.md from the scores.json that training leaves behind.
+"""Rebuild results/README.md's tables and curves from the scores.json that training leaves behind.
 
     python report.py results/runs/*.json                     # the page as it is committed
     python report.py runs/*/scores.json --page my_page.md    # your runs in a page of yours
 
 The words of a page are written by hand, its tables here: each stands between two comments,
-<!-- NAME --> and <!-- end -->, with NAME one of TABLES below. Scores are in percent.
+<!-- NAME --> and <!-- end -->, with NAME one of TABLES below. Scores are in percent. The training
+curves of all runs (the paper's Fig. 2) are drawn beside the page, in curves.png.
 """
 
 import argparse
@@ -15,12 +16,19 @@ import statistics
 from pathlib import Path
 
 from data import replace, run
-from eval import PAPER, changes, table_2
+from eval import PAPER, changes, draw_curves, table_2
 from models import table_1
 
 PAPER_HOURS = {  # 3.2, to train one network on an RTX 3070
     ("monuseg", "unet"): 2, ("monuseg", "swin_unet"): 1, ("bcss", "unet"): 50,
     ("bcss", "swin_unet"): 10, ("bcss512", "unet"): 10, ("bcss512", "swin_unet"): 2}
+
+
+def flags(result):
+    """What `train.py` was told, so that it can be told again."""
+    names = " ".join(f"--{name} {result['args'][name]}"
+                     for name in ("model", "skip", "data", "split", "seed"))
+    return f"{names} {changes(result)}".strip()
 
 
 def markdown(titles, rows):
@@ -53,7 +61,7 @@ def skip_differences(runs):
         args = result["args"]
         recipe = args["data"], args["split"], args["model"], changes(result)
         recipes.setdefault(recipe, {}).setdefault(args["skip"], {})[args["seed"]] = result
-    for (data, split, model, flags), by_skip in recipes.items():
+    for (data, split, model, changed), by_skip in recipes.items():
         for skip in "conv", "fusion":
             standard, other = by_skip.get("standard", {}), by_skip.get(skip, {})
             pairs = [(other[seed], standard[seed]) for seed in sorted(standard.keys() & other)]
@@ -67,7 +75,7 @@ def skip_differences(runs):
                       for values in zip(*pairs)] if len(pairs) > 1 else []
             paper = [PAPER[data, model, name][0] for name in (skip, "standard")
                      if (data, model, name) in PAPER]
-            rows.append([f"{model} {flags}", f"{data}, {split}", f"{skip} - standard",
+            rows.append([f"{model} {changed}", f"{data}, {split}", f"{skip} - standard",
                          mean_and_error(seeds), mean_and_error(images),
                          " / ".join(f"{100 * value:.2f}" for value in spread) or "-",
                          f"{paper[0] - paper[1]:+.2f}" if len(paper) == 2 else "-"])
@@ -98,10 +106,8 @@ def commands(runs):
     """Every run: the command that repeats it, what it ran on, and its scores."""
     rows = []
     for result in runs:
-        args, (iou, f1) = result["args"], result["per_tile"].values()
-        flags = " ".join(f"--{name} {args[name]}" for name in ("model", "skip", "data", "split",
-                                                               "seed"))
-        rows.append([f"`python train.py {flags} {changes(result)}".strip() + "`",
+        iou, f1 = result["per_tile"].values()
+        rows.append([f"`python train.py {flags(result)}`",
                      f"{100 * iou:.2f}, {100 * f1:.2f}",
                      ", ".join(f"{100 * value:.2f}" for value in result["global"].values()),
                      result["epoch"], f"{result['seconds'][-1] / 60:.1f} min",
@@ -147,7 +153,9 @@ def main(args):
 
     words = args.page.read_text(encoding="utf-8")
     replace(args.page, re.sub(r"<!-- (.+?) -->\n.*?<!-- end -->", table, words, flags=re.S))
-    print(f"{args.page}: tables of {len(runs)} runs")
+    curves = args.page.with_name("curves.png")
+    draw_curves({flags(result): result["log"] for result in runs}, curves)
+    print(f"{args.page}, {curves}: {len(runs)} runs")
 
 
 if __name__ == "__main__":

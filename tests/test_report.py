@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 import report
 import train
@@ -17,7 +18,8 @@ def scores(skip, seed, tiles, *flags, ious=(0.3, 0.7), data="monuseg"):
     args = {name: args[name] for name in train.RECIPE}
     iou = sum(tiles) / len(tiles)
     return {"args": args, "weights": "from scratch", "epoch": 2, "seconds": [90.0, 180.0],
-            "log": [{"epoch": n, "val_iou_per_tile": iou} for n, iou in enumerate(ious, 1)],
+            "log": [{"epoch": n, "train_loss": 1 / n, "val_loss": 1 / n, "val_iou_per_tile": iou}
+                    for n, iou in enumerate(ious, 1)],
             "images": ["A", "A", "B"], "tiles": list(tiles), "torch": "2.15", "device": "abacus",
             "processes": 1, "per_tile": {"iou": iou, "f1": 0.5}, "global": {"iou": 0.4, "f1": 0.6}}
 
@@ -75,6 +77,7 @@ def test_tables_are_replaced_and_words_stay(tmp_path, monkeypatch, capsys):
         (tmp_path / f"{number}.json").write_text(json.dumps(result))
     report.main(report.parse_args([*files, "--page", str(page)]))
     once = page.read_text("utf-8")
+    assert Image.open(tmp_path / "curves.png").size == (1200, 460 + 24 * len(RUNS))
     assert "old" not in once and once.count("Mine") == 2 * len(report.TABLES)
     assert all(table(RUNS) in once for table in report.TABLES.values())
     report.main(report.parse_args([*files, "--page", str(page)]))
