@@ -106,12 +106,13 @@ def commands(runs):
     """Every run: the command that repeats it, what it ran on, and its scores."""
     rows = []
     for result in runs:
-        iou, f1 = result["per_tile"].values()
-        rows.append([f"`python train.py {flags(result)}`",
+        (iou, f1), processes = result["per_tile"].values(), result["processes"]
+        start = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
+        rows.append([f"`{start} train.py {flags(result)}`",
                      f"{100 * iou:.2f}, {100 * f1:.2f}",
                      ", ".join(f"{100 * value:.2f}" for value in result["global"].values()),
                      result["epoch"], f"{result['seconds'][-1] / 60:.1f} min",
-                     f"{result['device']}, {result['processes']} process, torch {result['torch']}",
+                     f"{result['device']}, torch {result['torch']}",
                      result["weights"]])
     return markdown(["Command", "IoU, F1 per tile", "global", "Best epoch", "Training", "On",
                      "Weights"], rows)

@@ -62,10 +62,14 @@ def test_time_to_the_papers_score_ends_with_the_epoch_that_passes_it():
 
 def test_every_run_is_told_by_the_command_that_repeats_it():
     for result, (told, *row) in zip(RUNS, cells(report.commands(RUNS)), strict=True):
-        again = vars(train.parse_args(told.strip("`").split()[2:]))
+        start, flags = told.strip("`").split(" train.py ")
+        assert start == "python"
+        again = vars(train.parse_args(flags.split()))
         assert {name: again[name] for name in train.RECIPE} == result["args"]
         assert row == [f"{100 * result['per_tile']['iou']:.2f}, 50.00", "40.00, 60.00", "2",
-                       "3.0 min", "abacus, 1 process, torch 2.15", "from scratch"]
+                       "3.0 min", "abacus, torch 2.15", "from scratch"]
+    (told, *_), = cells(report.commands([RUNS[0] | {"processes": 8}]))
+    assert told.startswith("`torchrun --nproc-per-node 8 train.py --model unet ")
 
 
 def test_tables_are_replaced_and_words_stay(tmp_path, monkeypatch, capsys):
