@@ -10,6 +10,7 @@ from PIL import Image
 
 import report
 import train
+from eval import draw_curves
 
 
 def scores(skip, seed, tiles, *flags, ious=(0.3, 0.7), data="monuseg"):
@@ -82,6 +83,8 @@ def test_tables_are_replaced_and_words_stay(tmp_path, monkeypatch, capsys):
     report.main(report.parse_args([*files, "--page", str(page)]))
     once = page.read_text("utf-8")
     assert Image.open(tmp_path / "curves.png").size == (1200, 460 + 24 * len(RUNS))
+    draw_curves({report.flags(result): result["log"] for result in RUNS}, tmp_path / "same.png")
+    assert (tmp_path / "curves.png").read_bytes() == (tmp_path / "same.png").read_bytes()
     assert "old" not in once and once.count("Mine") == 2 * len(report.TABLES)
     assert all(table(RUNS) in once for table in report.TABLES.values())
     report.main(report.parse_args([*files, "--page", str(page)]))
