@@ -484,19 +484,36 @@ def synthetic_tile(rng):
 # Batches and augmentation (paper 2.4), on the training device, a whole batch at a time.
 
 
+def send(tensor, device):
+    """Copy to `device`, on CUDA without waiting for it. (MPS could copy what is freed meanwhile.)"""
+    return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
+
+
+def read_tiles(images, masks, indices, device):
+    """Cut tiles out of the set as they are stored -> what `to_batch` takes, pinned for CUDA.
+
+    Touches no other device than the set's, so that a thread may do it ahead: MPS bears only one.
+    """
+    indices = send(indices, images.device)
+    tiles = [tensor.index_select(0, indices) for tensor in (images, masks)]  # copies whole rows
+    pin = torch.device(device).type == "cuda" and not images.is_cuda
+    return [tile.pin_memory() for tile in tiles] if pin else tiles
+
+
+def to_batch(tiles, device):
+    """Stored tiles -> images (n, 3, 224, 224) float 0..1, masks (n, 224, 224) int64 on `device`."""
+    images, masks = (send(tensor, device) for tensor in tiles)
+    return images.permute(0, 3, 1, 2).float() / 255, masks.long()
+
+
 def get_batch(images, masks, indices, device):
     """Cut tiles out of the set -> images (n, 3, 224, 224) float 0..1, masks (n, 224, 224) int64."""
-    indices = indices.to(images.device)
-    batch, labels = (tensor.index_select(0, indices) for tensor in (images, masks))  # copies rows
-    if batch.device != device and torch.device(device).type == "cuda":
-        batch, labels = batch.pin_memory(), labels.pin_memory()
-    batch = batch.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
-    return batch, labels.to(device, non_blocking=True).long()
+    return to_batch(read_tiles(images, masks, indices, device), device)
 
 
 def normalize(images):
     """Subtract ImageNet's mean and divide by its standard deviation: images (n, 3, H, W), 0..1."""
-    mean, std = (torch.tensor(value, device=images.device).view(3, 1, 1)
+    mean, std = (send(torch.tensor(value), images.device).view(3, 1, 1)
                  for value in (IMAGENET_MEAN, IMAGENET_STD))
     return (images - mean) / std
 
@@ -543,7 +560,7 @@ def augment(images, masks, draws):
     """
     (n, _, height, width), device = images.shape, images.device
     matrix, columns, rows, elastic, brightness = (
-        draws[name].to(device, non_blocking=True)
+        send(draws[name], device)
         for name in ("matrix", "columns", "rows", "elastic", "brightness"))
     # Lines and shifts are given on coarse grids; these matrices interpolate them to pixels.
     x = columns @ linear_basis(width, device).T                            # (n, W)

@@ -55,7 +55,7 @@ def score(confusions, ignore=()):
     the same. K = 2 scores label 1 alone. Pixels whose true label is in `ignore` are not counted,
     and those labels not scored. Values are 0..1, None where there is nothing to divide by.
     """
-    counts = confusions.double()
+    counts = confusions.cpu().double()  # MPS has no float64
     k = counts.shape[1]
     counts[:, list(ignore)] = 0
     scored = [label for label in range(k) if label not in ignore and (k > 2 or label == 1)]

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from data import (CLASSES, augment, draw_augmentation, fingerprint, get_batch, live, load,
-                  normalize, positive, replace, run, split_tiles)
+from data import (CLASSES, augment, draw_augmentation, fingerprint, live, load, normalize, positive,
+                  read_tiles, replace, run, split_tiles, to_batch)
 from eval import draw_curves, evaluate, score, table
 from losses import loss_for
 from models import (MODELS, SKIPS, autocast, build_model, create_model, describe, load_checkpoint,
@@ -177,13 +177,13 @@ def main(args):
 
         def fetch(step):  # a batch, or this process's share of it
             indices = order[step * args.batch_size:(step + 1) * args.batch_size]
-            return get_batch(images, masks, indices[rank::world], device)
+            return read_tiles(images, masks, indices[rank::world], device)
 
         upcoming = reader.submit(fetch, state["step"])
         for step in range(state["step"], num_steps):
             # Take the batch that was read meanwhile, and warp it. Chance depends on where in the
             # run we are and on nothing else, so that resuming needs no state of generators.
-            batch, labels = upcoming.result()
+            batch, labels = to_batch(upcoming.result(), device)
             upcoming = reader.submit(fetch, step + 1) if step + 1 < num_steps else None
             chance = generator(args.seed, epoch, step)
             draws = draw_augmentation(args.batch_size, chance)

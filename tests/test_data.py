@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import SHARED
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 
@@ -614,6 +615,31 @@ def test_get_batch_equals_indexing_by_hand_also_from_memory_maps(tmp_path):
         assert batch.dtype == torch.float32 and labels.dtype == torch.int64
         assert np.allclose(batch, images[[3, 1]].transpose(0, 3, 1, 2) / 255, atol=1e-6)
         assert (labels.numpy() == masks[[3, 1]]).all()
+
+
+class Copies(TorchDispatchMode):
+    """Notes for every copy to another device whether it is waited for; "meta" stands in for one."""
+
+    def __init__(self):
+        super().__init__()
+        self.waited = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if kwargs and str(kwargs.get("device")) == "meta" and args and torch.is_tensor(args[0]):
+            self.waited.append(not kwargs.get("non_blocking"))
+        return function(*args, **kwargs or {})
+
+
+def test_copies_to_a_device_other_than_cuda_are_waited_for_and_none_is_made_while_reading_ahead():
+    (images, masks), drawn = tiles(2), draws(2)
+    images = (images * 255).byte().permute(0, 2, 3, 1)
+    with Copies() as copies:
+        stored = data.read_tiles(images, masks, torch.tensor([1, 0]), "meta")
+    assert not copies.waited and all(tensor.device.type == "cpu" for tensor in stored)
+    with Copies() as copies:
+        batch, labels = data.augment(*data.to_batch(stored, torch.device("meta")), drawn)
+        assert batch.is_meta and labels.is_meta and data.normalize(batch).is_meta
+    assert len(copies.waited) >= 2 + len(drawn) + 2 and all(copies.waited)
 
 
 def test_normalize_matches_its_formula():
