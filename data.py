@@ -485,7 +485,7 @@ def synthetic_tile(rng):
 
 
 def send(tensor, device):
-    """Copy to `device`, on CUDA without waiting for it. (MPS could copy what is freed meanwhile.)"""
+    """Copy to `device`, on CUDA without waiting. (MPS could read memory that is free by then.)"""
     return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
