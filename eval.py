@@ -12,6 +12,7 @@ always shown: "per tile" is what the paper's Table 2 holds, "global" is the fiel
 import argparse
 import csv
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -218,25 +219,28 @@ def draw_curves(logs, path):
     draw = ImageDraw.Draw(picture)
     top_loss = max(row[key] for log in logs.values() for row in log
                    for key in ("train_loss", "val_loss"))
-    panels = [("loss: training thin, validation thick", 1.05 * top_loss,
+    tenths = [10 * row["val_iou_per_tile"] for log in logs.values() for row in log]
+    low_iou = min(9, math.floor(min(tenths))) / 10
+    high_iou = max(low_iou + 0.1, math.ceil(max(tenths)) / 10)
+    panels = [("loss: training thin, validation thick", 0, 1.05 * top_loss,
                [("train_loss", 1), ("val_loss", 3)]),
-              ("validation IoU, per tile", 1.0, [("val_iou_per_tile", 3)])]
-    for panel, (title, high, series) in enumerate(panels):
+              ("validation IoU, per tile", low_iou, high_iou, [("val_iou_per_tile", 3)])]
+    for panel, (title, low, high, series) in enumerate(panels):
         left, top, right, bottom = 600 * panel + 70, 60, 600 * panel + 570, 400
 
         def place(epoch, value):
             return (left + (right - left) * (epoch - 0.5) / epochs,
-                    bottom - (bottom - top) * value / high)
+                    bottom - (bottom - top) * (value - low) / (high - low))
 
         # Axes: six marks up, at most ten epochs across.
         draw.text(((left + right) / 2, 32), title, "black", font, anchor="mm")
         draw.text(((left + right) / 2, bottom + 38), "epoch", "black", font, anchor="mm")
-        for value in (high * mark / 5 for mark in range(6)):
+        for value in (low + (high - low) * mark / 5 for mark in range(6)):
             y = place(1, value)[1]
             draw.line((left, y, right, y), "#dddddd")
             draw.text((left - 8, y), f"{value:.2f}", "black", font, anchor="rm")
         for epoch in range(1, epochs + 1, -(-epochs // 10)):
-            draw.text((place(epoch, 0)[0], bottom + 14), str(epoch), "black", font, anchor="mm")
+            draw.text((place(epoch, low)[0], bottom + 14), str(epoch), "black", font, anchor="mm")
         for log, colour in zip(logs.values(), COLOURS * len(logs)):
             for key, width in series:
                 points = [place(epoch, row[key]) for epoch, row in enumerate(log, 1)]

@@ -4,8 +4,8 @@
     python report.py runs/*/scores.json --page my_page.md    # your runs in a page of yours
 
 The words of a page are written by hand, its tables here: each stands between two comments,
-<!-- NAME --> and <!-- end -->, with NAME one of TABLES below. Scores are in percent. The training
-curves of all runs (the paper's Fig. 2) are drawn beside the page, in curves.png.
+<!-- NAME --> and <!-- end -->, with NAME one of TABLES below. Scores are in percent. Training curves
+(the paper's Fig. 2) are drawn beside the page, a picture for every data set and split.
 """
 
 import argparse
@@ -102,6 +102,26 @@ def time_to_paper(runs):
                      "Best validation IoU", "Whole run", "Device", "The paper's whole run"], rows)
 
 
+def mean_logs(runs):
+    """Mean over seeds of the runs' logs -> {(data, split): {name: log for draw_curves}}."""
+    logs = {}
+    for result in runs:
+        args = result["args"]
+        name = f"{args['model']} {changes(result)}".strip() + f", {args['skip']} skip"
+        by_name = logs.setdefault((args["data"], args["split"]), {})
+        by_name.setdefault(name, []).append(result["log"])
+    return {key: {f"{name}, mean of {len(group)} seeds" if len(group) > 1 else name:
+                  [{column: statistics.mean(row[column] for row in rows) for column in rows[0]}
+                   for rows in zip(*group)] for name, group in by_name.items()}
+            for key, by_name in logs.items()}
+
+
+def curves(runs):
+    """The pictures that main draws, shown in the page."""
+    return "\n\n".join(f"![{data}, {split} split: loss and validation IoU]"
+                       f"(curves-{data}-{split}.png)" for data, split in mean_logs(runs))
+
+
 def commands(runs):
     """Every run: the command that repeats it, what it ran on, and its scores."""
     rows = []
@@ -124,6 +144,7 @@ TABLES = {
     "scores global": lambda runs: table_2(runs, "global"),
     "skip differences": skip_differences,
     "time to the paper's score": time_to_paper,
+    "curves": curves,
     "commands": commands,
 }
 
@@ -154,9 +175,9 @@ def main(args):
 
     words = args.page.read_text(encoding="utf-8")
     replace(args.page, re.sub(r"<!-- (.+?) -->\n.*?<!-- end -->", table, words, flags=re.S))
-    curves = args.page.with_name("curves.png")
-    draw_curves({flags(result): result["log"] for result in runs}, curves)
-    print(f"{args.page}, {curves}: {len(runs)} runs")
+    for (data, split), logs in mean_logs(runs).items():
+        draw_curves(logs, args.page.with_name(f"curves-{data}-{split}.png"))
+    print(f"{args.page} and its curves: {len(runs)} runs")
 
 
 if __name__ == "__main__":

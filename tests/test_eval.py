@@ -283,6 +283,16 @@ def test_curves_show_every_run_in_its_colour_in_both_panels(tmp_path, epochs):
     assert heights[0].mean() > heights[1].mean() > heights[2].mean()  # by IoU, from below
 
 
+@pytest.mark.parametrize("iou", [0.0, 0.3, 1.0])
+def test_curves_of_a_score_that_never_moves(tmp_path, iou):
+    logs = {"run": [{"train_loss": 0.5, "val_loss": 0.5, "val_iou_per_tile": iou}] * 3}
+    draw_curves(logs, tmp_path / "curves.png")
+    panel = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"))[:460, 600:]
+    blue = tuple(bytes.fromhex(evaluation.COLOURS[0][1:]))
+    heights = np.nonzero((panel == blue).all(axis=2))[0]
+    assert 50 < heights.min() and heights.max() < 410  # between the axes
+
+
 # Figures
 
 
