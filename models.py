@@ -84,6 +84,7 @@ class FusionSkip(nn.Module):
 
 SKIPS = {"standard": StandardSkip, "conv": ConvSkip, "fusion": FusionSkip}
 
+
 def he_init(blocks):
     """Draw 3x3 convolutions' weights as U-Net's authors did: Gaussian, std sqrt(2 / inputs).
 
