@@ -5,7 +5,7 @@
 
 The words of a page are written by hand, its tables here: each stands between two comments,
 <!-- NAME --> and <!-- end -->, with NAME one of TABLES below. Scores are in percent. Training curves
-(the paper's Fig. 2) are drawn beside the page, a picture for every data set and split.
+(the paper's Fig. 2) are drawn beside the page, a picture for every data set, split and model.
 """
 
 import argparse
@@ -103,12 +103,12 @@ def time_to_paper(runs):
 
 
 def mean_logs(runs):
-    """Mean over seeds of the runs' logs -> {(data, split): {name: log for draw_curves}}."""
+    """Mean over seeds of the runs' logs -> {(data, split, model): {name: log for draw_curves}}."""
     logs = {}
     for result in runs:
         args = result["args"]
         name = f"{args['model']} {changes(result)}".strip() + f", {args['skip']} skip"
-        by_name = logs.setdefault((args["data"], args["split"]), {})
+        by_name = logs.setdefault((args["data"], args["split"], args["model"]), {})
         by_name.setdefault(name, []).append(result["log"])
     return {key: {f"{name}, mean of {len(group)} seeds" if len(group) > 1 else name:
                   [{column: statistics.mean(row[column] for row in rows) for column in rows[0]}
@@ -118,8 +118,9 @@ def mean_logs(runs):
 
 def curves(runs):
     """The pictures that main draws, shown in the page."""
-    return "\n\n".join(f"![{data}, {split} split: loss and validation IoU]"
-                       f"(curves-{data}-{split}.png)" for data, split in mean_logs(runs))
+    return "\n\n".join(f"![{data}, {split} split, {model}: loss and validation IoU]"
+                       f"(curves-{data}-{split}-{model}.png)"
+                       for data, split, model in mean_logs(runs))
 
 
 def commands(runs):
@@ -175,8 +176,8 @@ def main(args):
 
     words = args.page.read_text(encoding="utf-8")
     replace(args.page, re.sub(r"<!-- (.+?) -->\n.*?<!-- end -->", table, words, flags=re.S))
-    for (data, split), logs in mean_logs(runs).items():
-        draw_curves(logs, args.page.with_name(f"curves-{data}-{split}.png"))
+    for (data, split, model), logs in mean_logs(runs).items():
+        draw_curves(logs, args.page.with_name(f"curves-{data}-{split}-{model}.png"))
     print(f"{args.page} and its curves: {len(runs)} runs")
 
 

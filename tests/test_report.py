@@ -73,9 +73,10 @@ def test_every_run_is_told_by_the_command_that_repeats_it():
 
 
 def test_a_curve_is_the_mean_over_seeds_of_one_network_on_one_split():
-    other = scores("conv", 0, (0, 0, 0), "--split", "image")
-    tile, image = report.mean_logs([*RUNS, other]).values()
-    assert [*image.values()] == [other["log"]]
+    others = [scores("conv", 0, (0, 0, 0), *flags) for flags in
+              (("--split", "image"), ("--model", "swin_unet"))]
+    tile, *alone = report.mean_logs([*RUNS, *others]).values()
+    assert [[*by_name.values()] for by_name in alone] == [[other["log"]] for other in others]
     assert {*tile} == {"unet, standard skip, mean of 2 seeds", "unet, conv skip, mean of 3 seeds",
                        "unet, fusion skip", "unet --epochs 2 --width 8, fusion skip"}
     first, last = tile["unet, conv skip, mean of 3 seeds"]
@@ -93,8 +94,8 @@ def test_tables_are_replaced_and_words_stay(tmp_path, monkeypatch, capsys):
         (tmp_path / f"{number}.json").write_text(json.dumps(result))
     report.main(report.parse_args([*files, "--page", str(page)]))
     once = page.read_text("utf-8")
-    draw_curves(report.mean_logs(RUNS)["monuseg", "tile"], tmp_path / "same.png")
-    drawn = tmp_path / "curves-monuseg-tile.png"
+    draw_curves(report.mean_logs(RUNS)["monuseg", "tile", "unet"], tmp_path / "same.png")
+    drawn = tmp_path / "curves-monuseg-tile-unet.png"
     assert drawn.read_bytes() == (tmp_path / "same.png").read_bytes() and drawn.name in once
     assert "old" not in once and once.count("Mine") == 2 * len(report.TABLES)
     assert all(table(RUNS) in once for table in report.TABLES.values())
