@@ -355,8 +355,13 @@ def test_kill_9_at_random_moments_changes_nothing(start, tmp_path):
     assert_same_run(last.parent, tmp_path / "whole")
 
 
+def heed_ctrl_c():
+    """As in a terminal: what a script starts with & ignores it, and so do this suite's runs."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_ctrl_c_is_one_line_that_says_how_to_go_on(start, tmp_path):
-    process = start(tmp_path / "run", "--epochs", "999")
+    process = start(tmp_path / "run", "--epochs", "999", before=heed_ctrl_c)
     wait_for_save(process, tmp_path / "run/last.pt")
     time.sleep(random.uniform(0, 0.3))
     os.kill(process.pid, signal.SIGINT)
