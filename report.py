@@ -117,9 +117,9 @@ def mean_logs(runs):
 
 
 def curves(runs):
-    """The pictures that main draws, shown in the page."""
-    return "\n\n".join(f"![{data}, {split} split, {model}: loss and validation IoU]"
-                       f"(curves-{data}-{split}-{model}.png)"
+    """The pictures that main draws, shown in the page, each under its title."""
+    return "\n\n".join(f"{data}, {split} split, {model}:\n\n"
+                       f"![loss and validation IoU](curves-{data}-{split}-{model}.png)"
                        for data, split, model in mean_logs(runs))
 
 

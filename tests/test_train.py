@@ -356,7 +356,7 @@ def test_kill_9_at_random_moments_changes_nothing(start, tmp_path):
 
 
 def heed_ctrl_c():
-    """As in a terminal: what a script starts with & ignores it, and so do this suite's runs."""
+    """As in a terminal. Processes of a suite that a script started with & would ignore it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
