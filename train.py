@@ -33,7 +33,7 @@ from models import (MODELS, SKIPS, autocast, build_model, create_model, describe
 # synthetic set's recipe is ours, sized for a laptop.
 RECIPES = {
     #              epochs       batch            learning rates                       U-Net's width
-    "synthetic": {"epochs": 8, "batch_size": 4, "unet": 1e-3, "swin_unet": 1e-4, "width": 16},
+    "synthetic": {"epochs": 8, "batch_size": 2, "unet": 1e-3, "swin_unet": 1e-4, "width": 16},
     "monuseg": {"epochs": 50, "batch_size": 8, "unet": 1e-3, "swin_unet": 1e-3, "width": 64},
     "bcss": {"epochs": 10, "batch_size": 50, "unet": 1e-3, "swin_unet": 1e-5, "width": 64},
     "bcss512": {"epochs": 10, "batch_size": 50, "unet": 1e-3, "swin_unet": 1e-5, "width": 64},
