@@ -531,7 +531,7 @@ def draw_augmentation(n, generator):
     """Draw the random parameters of n tiles: small tensors on the CPU, the same for any device.
 
     matrix (n, 2, 2): flips and rotation; columns, rows (n, 6): the grid's distorted lines, -1..1;
-    elastic (n, 2, 10, 10): shifts at the grid's points; brightness (n, 3): factors.
+    elastic (n, 2, 10, 10): shifts at the grid's points; brightness (n, 3): factors of R, G, B.
     """
     def uniform(*shape):  # -1..1
         return 2 * torch.rand(*shape, generator=generator) - 1
@@ -558,7 +558,7 @@ def augment(images, masks, draws):
     bent along each axis (grid distortion), turned and mirrored, then shifted (elastic). Images are
     interpolated, masks take the nearest label, beyond the border both continue mirrored.
     """
-    (n, _, height, width), device = images.shape, images.device
+    (height, width), device = images.shape[2:], images.device
     matrix, columns, rows, elastic, brightness = (
         send(draws[name], device)
         for name in ("matrix", "columns", "rows", "elastic", "brightness"))
