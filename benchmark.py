@@ -88,7 +88,7 @@ def naive_augment(image, mask, rng):
                 for line in lines]
         image, mask = warp(image, mask, *np.meshgrid(*bent))
     if rng.random() < 0.5:
-        image = (image * rng.uniform(0.7, 1.3, 3)).clip(0, 255).astype(np.uint8)
+        image = (image * rng.uniform(0.8, 1.2)).clip(0, 255).astype(np.uint8)
     return image, mask
 
 

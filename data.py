@@ -524,14 +524,14 @@ ELASTIC_CELLS = 7     # elastic: random shifts on a grid of 7 x 7 cells of 32 pi
 ELASTIC_STD = 8       # pixels, their standard deviation before smoothing
 GRID_CELLS = 5        # grid distortion: rows and columns of 5 cells each grow or shrink
 GRID_STRETCH = 0.3    # by up to 30 %
-BRIGHTNESS = 0.3      # of red, green and blue, each by up to 30 %: hospitals differ in their stains
+BRIGHTNESS = 0.2      # brightness changes by up to 20 %
 
 
 def draw_augmentation(n, generator):
     """Draw the random parameters of n tiles: small tensors on the CPU, the same for any device.
 
     matrix (n, 2, 2): flips and rotation; columns, rows (n, 6): the grid's distorted lines, -1..1;
-    elastic (n, 2, 10, 10): shifts at the grid's points; brightness (n, 3): factors of R, G, B.
+    elastic (n, 2, 10, 10): shifts at the grid's points; brightness (n, 1): factors.
     """
     def uniform(*shape):  # -1..1
         return 2 * torch.rand(*shape, generator=generator) - 1
@@ -547,7 +547,7 @@ def draw_augmentation(n, generator):
     shifts = torch.randn(n, 2, ELASTIC_CELLS + 3, ELASTIC_CELLS + 3, generator=generator)
     return {"matrix": rotation * flips[:, None], "columns": lines[:, 0], "rows": lines[:, 1],
             "elastic": shifts * chance(n, 1, 1, 1) * ELASTIC_STD * 2 / TILE,
-            "brightness": 1 + BRIGHTNESS * uniform(n, 3) * chance(n, 1)}
+            "brightness": 1 + BRIGHTNESS * uniform(n, 1) * chance(n, 1)}
 
 
 def augment(images, masks, draws):

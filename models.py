@@ -64,10 +64,10 @@ class FusionSkip(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(c, c, 1) for c in channels)  # as ConvSkip draws them
         self.match = nn.ModuleList(  # match[i][j]: C_j -> C_i
             nn.ModuleList(nn.Identity() if j == i else nn.Conv2d(channels[j], channels[i], 1)
                           for j in range(len(channels))) for i in range(len(channels)))
-        self.convs = nn.ModuleList(nn.Conv2d(c, c, 1) for c in channels)
 
     def forward(self, maps):
         fused = []
@@ -119,11 +119,11 @@ class UNet(nn.Module):
         widths = [width * 2**level for level in range(5)]  # 64 128 256 512 1024
         ups = list(zip(widths[:0:-1], widths[-2::-1]))  # 1024 -> 512 ... 128 -> 64
         self.encoder = nn.ModuleList(self.block(c, d) for c, d in zip([3] + widths, widths))
-        self.skip = SKIPS[skip](widths[:-1])
         self.up = nn.ModuleList(nn.ConvTranspose2d(c, d, 2, stride=2) for c, d in ups)
         self.decoder = nn.ModuleList(self.block(c, d) for c, d in ups)
         self.head = nn.Conv2d(width, num_classes, 1)
         he_init([*self.encoder, *self.decoder])
+        self.skip = SKIPS[skip](widths[:-1])  # drawn last: a seed's other weights are the same
 
     @staticmethod
     def block(c, d):
@@ -185,11 +185,11 @@ class SwinUNet(nn.Module):
     def __init__(self, skip, num_classes):
         super().__init__()
         self.encoder = timm.create_model("swin_tiny_patch4_window7_224", num_classes=0)
-        self.skip = SKIPS[skip]([192, 384, 768])
         self.decoder = nn.ModuleList(self.block(c, d) for c, d in [
             (768, 384), (384 + 768, 192), (192 + 384, 96), (96 + 192, 64)])
         self.head = nn.Conv2d(64, num_classes, 1)
         he_init(self.decoder)
+        self.skip = SKIPS[skip]([192, 384, 768])  # drawn last, as in UNet
 
     @staticmethod
     def block(c, d):

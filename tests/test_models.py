@@ -135,6 +135,19 @@ def test_3x3_convolutions_start_as_u_nets_authors_drew_them(swin):
     assert seen == 2 * (5 + 4 + 4)
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_networks_of_one_seed_share_the_weights_they_have_in_common(model):
+    """So that a pair of skips, compared seed by seed, differs by the skip alone."""
+    def weights(skip):
+        torch.manual_seed(0)
+        return create_model(model, skip, 1, width=4).state_dict()
+
+    standard, conv, fusion = map(weights, ("standard", "conv", "fusion"))
+    assert standard.keys() < conv.keys() < fusion.keys()
+    for fewer, more in (standard, conv), (conv, fusion):
+        assert all(torch.equal(fewer[name], more[name]) for name in fewer)
+
+
 def kept_for_backward(network, images, loss=lambda logits: logits):
     """Bytes of the distinct tensors that a forward pass keeps, weights aside, and its output."""
     weights, kept = {p.untyped_storage()._cdata for p in network.parameters()}, {}
