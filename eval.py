@@ -1,9 +1,10 @@
-"""Score trained networks on their test tiles (paper 2.5), and draw training curves (Fig. 2).
+"""Score trained networks on their test tiles (paper 2.5).
 
     python eval.py runs/monuseg-unet-conv-seed0/best.pt           # one network, in detail
     python eval.py runs/*/best.pt                                 # several: the paper's Table 2
     python eval.py runs/*/best.pt --json scores.json              # the same for programs
     python eval.py runs/*/best.pt --figure fig.png                # tiles, as the paper's Figs. 3-5
+    python eval.py runs/*/best.pt --curves curves.png             # training, as the paper's Fig. 2
 
 Everything comes from one confusion matrix per tile. Its two averages differ by points, so both are
 always shown: "per tile" is what the paper's Table 2 holds, "global" is the field's standard.
@@ -12,25 +13,25 @@ always shown: "per tile" is what the paper's Table 2 holds, "global" is the fiel
 import argparse
 import csv
 import json
-import math
-import statistics
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
 
-from data import (CLASSES, PALETTE, TILE, fingerprint, get_batch, load, normalize, positive,
-                  replace, run, split_tiles)
+from data import CLASSES, fingerprint, get_batch, load, normalize, split_tiles
 from losses import loss_for
-from models import MODELS, SKIPS, autocast, build_model, load_checkpoint, pick_device
+from models import build_model
+from plots import draw_curves, draw_figure
+from report import table_2
+from utils import (LOG, autocast, first_mismatch, load_checkpoint, number, pick_device,
+                   print_progress, run_cli, write_atomic)
 
 # -----------------------------------------------------------------------------
 # Metrics
 
 
-def predict(logits):
+def logits_to_labels(logits):
     """Labels (N, H, W) int64 of logits (N, C, H, W): probability above 0.5, or the largest."""
     return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(dim=1)
 
@@ -41,12 +42,12 @@ def confusion_matrices(logits, masks):
     logits (N, C, H, W), masks (N, H, W) int64; K = C, but 2 for one logit.
     """
     n, k = len(logits), max(2, logits.shape[1])
-    cells = (masks * k + predict(logits)).flatten(1)
+    cells = (masks * k + logits_to_labels(logits)).flatten(1)
     counts = torch.zeros(n, k * k, dtype=torch.int64, device=logits.device)
     return counts.scatter_add_(1, cells, torch.ones_like(cells)).view(n, k, k)
 
 
-def score(confusions, ignore=()):
+def compute_metrics(confusions, ignore=()):
     """IoU, F1, precision and recall from confusion matrices (N, K, K) -> nested dict (paper 2.5).
 
     IoU = TP / (TP + FP + FN), F1 = 2 TP / (2 TP + FP + FN). "per_tile" divides within each tile,
@@ -75,287 +76,139 @@ def score(confusions, ignore=()):
                 for name in ("iou", "f1")}
     whole, pixels = divide(counts.sum(dim=0))
     return {
-        "per_tile": {name: number(values[shown].mean()) for name, values in per_tile.items()},
-        "global": {name: number(whole[name].nanmean()) for name in ("iou", "f1")},
+        "per_tile": {name: nan_to_none(values[shown].mean()) for name, values in per_tile.items()},
+        "global": {name: nan_to_none(whole[name].nanmean()) for name in ("iou", "f1")},
         "classes": [{"label": label, "pixels": int(pixels[i]),
-                     **{name: number(values[i]) for name, values in whole.items()}}
+                     **{name: nan_to_none(values[i]) for name, values in whole.items()}}
                     for i, label in enumerate(scored)],
-        "tiles": [number(value) for value in per_tile["iou"]],
+        "tiles": [nan_to_none(value) for value in per_tile["iou"]],
     }
 
 
-def number(value):
+def nan_to_none(value):
     """A 0-dim tensor as a float, nan as None, which JSON has."""
     return None if value.isnan() else value.item()
 
 
 @torch.inference_mode()
-def evaluate(model, images, masks, indices, loss_fn, device, batch_size, rank=0, world=1):
+def evaluate(model, tiles, indices, loss_fn, device, batch_size, rank=0, world_size=1):
     """Run the network over tiles -> confusion matrices (n, K, K) int64 and losses (n,).
 
-    images and masks as `data.load` returns them; each of the n indices counts once. Of `world`
-    processes each runs its share, and all return the whole.
+    tiles as `data.load` returns them; each of the n indices counts once. Of several processes each
+    runs its share, and all return the whole.
     """
     model.eval()
-    results = []
-    for part in indices[rank::world].split(batch_size):
-        batch, labels = get_batch(images, masks, part, device)
+    results, done, total = [], 0, len(indices[rank::world_size])
+    for part in indices[rank::world_size].split(batch_size):
+        images, masks = get_batch(tiles, part, device)
         with autocast(device):
-            logits = model(normalize(batch))
-        results.append((confusion_matrices(logits, labels), loss_fn(logits, labels)))
-    whole = []
+            logits = model(normalize(images))
+        results.append((confusion_matrices(logits, masks), loss_fn(logits, masks)))
+        done += len(part)
+        print_progress(f"scored {done * world_size} of {total * world_size} tiles")
+    gathered = []
     for share in map(torch.cat, zip(*results)):
-        values = share.new_zeros(len(indices), *share.shape[1:])
-        values[rank::world] = share
-        if world > 1:
-            dist.all_reduce(values)
-        whole.append(values)
-    return whole
+        whole = share.new_zeros(len(indices), *share.shape[1:])
+        whole[rank::world_size] = share
+        if world_size > 1:
+            dist.all_reduce(whole)
+        gathered.append(whole)
+    return gathered
 
 
-# -----------------------------------------------------------------------------
-# Tables
+def metrics_table(metrics, names):
+    """One network's metrics as lines for people, in percent; names are the classes'."""
+    def percent(value):
+        return "    -" if value is None else f"{100 * value:5.2f}"
 
-PAPER = {  # Table 2: mIoU and F1 in percent
-    ("bcss", "unet", "standard"): (30.44, 53.70), ("bcss", "unet", "conv"): (33.78, 47.42),
-    ("bcss", "swin_unet", "standard"): (57.55, 64.39),
-    ("bcss", "swin_unet", "conv"): (57.23, 64.16),
-    ("bcss", "swin_unet", "fusion"): (56.59, 63.69),
-    ("bcss512", "unet", "standard"): (23.96, 34.04), ("bcss512", "unet", "conv"): (23.45, 33.70),
-    ("bcss512", "swin_unet", "standard"): (47.45, 53.84),
-    ("bcss512", "swin_unet", "conv"): (45.78, 53.12),
-    ("bcss512", "swin_unet", "fusion"): (48.11, 55.06),
-    ("monuseg", "unet", "standard"): (66.27, 79.45), ("monuseg", "unet", "conv"): (67.32, 80.28),
-    ("monuseg", "unet", "fusion"): (65.68, 79.03),
-    ("monuseg", "swin_unet", "standard"): (63.98, 77.65),
-    ("monuseg", "swin_unet", "conv"): (64.78, 78.00),
-    ("monuseg", "swin_unet", "fusion"): (63.42, 76.96),
-}
-
-
-def percent(value):
-    return "    -" if value is None else f"{100 * value:5.2f}"
-
-
-def table(scores, names):
-    """One network's scores as lines for people, in percent."""
     lines = ["                          IoU     F1   precision  recall     pixels"]
     for average in ("per_tile", "global"):
-        iou, f1 = scores[average].values()
+        iou, f1 = metrics[average].values()
         lines.append(f"{average.replace('_', ' '):24}{percent(iou)}  {percent(f1)}")
-    for row in scores["classes"]:
+    for row in metrics["classes"]:
         name = names[row["label"]] if len(names) > 1 else names[0]
         lines.append(f"  {name:22}{percent(row['iou'])}  {percent(row['f1'])}       "
                      f"{percent(row['precision'])}   {percent(row['recall'])} {row['pixels']:>10,}")
     return "\n".join(lines)
 
 
-def changes(result):
-    """The flags by which a run's recipe differs from the paper's; empty where it does not."""
-    from train import RECIPES  # here, as train.py imports this file
-    args, recipe = result["args"], RECIPES[result["args"]["data"]]
-    flags = [f"--{name.replace('_', '-')} {args[name]}" for name, paper in
-             (("epochs", recipe["epochs"]), ("batch_size", recipe["batch_size"]),
-              ("lr", recipe[args["model"]]), ("width", recipe["width"])) if args[name] != paper]
-    if args["ignore_index"]:
-        flags.append(f"--ignore-index {' '.join(map(str, args['ignore_index']))}")
-    if args["model"] == "swin_unet" and result["weights"] == "from scratch":
-        flags.append("--no-pretrained")
-    return " ".join(flags)
-
-
-def table_2(results, average):
-    """The paper's Table 2 as Markdown: mean +- standard deviation over seeds, (the paper's).
-
-    average: "per_tile", as the paper's, or "global". A result holds a run's args, weights and
-    scores. Runs share a cell if they differ in the seed alone; ValueError if in nothing.
-    """
-    cells, columns = {}, []
-    for result in results:
-        args = result["args"]
-        column, row = (args["data"], args["split"]), (args["model"], args["skip"], changes(result))
-        columns += [column] if column not in columns else []
-        cells.setdefault(row, {}).setdefault(column, {})
-        if cells[row][column].setdefault(args["seed"], result[average]) is not result[average]:
-            raise ValueError(f"two runs of {' '.join(row + column)} have seed {args['seed']}: a "
-                             "mean over seeds takes each once")
-
-    def cell(runs, metric, paper):
-        values = [100 * run[metric] for run in runs.values()]
-        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.2f}{spread}" + (f" ({paper:.2f})" if paper else "")
-
-    lines = ["| Model | Skip |" + "".join(f" {data}, {split} split: mIoU | F1 | Runs |"
-                                          for data, split in columns),
-             "|---|---|" + "--:|--:|--:|" * len(columns)]
-    for row in sorted(cells, key=lambda row: ([*MODELS].index(row[0]), row[2],
-                                              [*SKIPS].index(row[1]))):
-        model, skip, changed = row
-        line = f"| {model} {changed} | {skip} |"
-        for column in columns:
-            same = (average, column[1], changed) == ("per_tile", "tile", "")  # as in the paper
-            paper = PAPER.get((column[0], model, skip) if same else None, (None, None))
-            runs = cells[row].get(column)
-            line += (f" {cell(runs, 'iou', paper[0])} | {cell(runs, 'f1', paper[1])} | "
-                     f"{len(runs)} |" if runs else " - | - | - |")
-        lines.append(line)
-    return "\n".join(lines)
-
-
 # -----------------------------------------------------------------------------
-# Pictures
-
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+# The command
 
 
-def draw_curves(logs, path):
-    """Draw {name: log} of one run or several as the paper's Fig. 2: loss and validation IoU.
+def open_data(checkpoint, path, data_root):
+    """The tiles that a network was trained on, and the split -> Tiles, {part: indices}.
 
-    A log is a list of dicts, one per epoch, with at least train_loss, val_loss, val_iou_per_tile.
+    `data_root` is where the training found them unless it is given. Raises ValueError for others.
     """
-    font = ImageFont.load_default(size=15)
-    height, epochs = 460 + 24 * len(logs), max(len(log) for log in logs.values())
-    picture = Image.new("RGB", (1200, height), "white")
-    draw = ImageDraw.Draw(picture)
-    top_loss = max(row[key] for log in logs.values() for row in log
-                   for key in ("train_loss", "val_loss"))
-    tenths = [10 * row["val_iou_per_tile"] for log in logs.values() for row in log]
-    low_iou = min(9, math.floor(min(tenths))) / 10
-    high_iou = max(low_iou + 0.1, math.ceil(max(tenths)) / 10)
-    panels = [("loss: training thin, validation thick", 0, 1.05 * top_loss,
-               [("train_loss", 1), ("val_loss", 3)]),
-              ("validation IoU, per tile", low_iou, high_iou, [("val_iou_per_tile", 3)])]
-    for panel, (title, low, high, series) in enumerate(panels):
-        left, top, right, bottom = 600 * panel + 70, 60, 600 * panel + 570, 400
+    args, root = checkpoint["args"], data_root or checkpoint.get("data_root", "data")
+    tiles = load(args["data"], root)
+    parts = split_tiles(args["data"], tiles.rows, args["split"])
+    if checkpoint["split"] != fingerprint(tiles.rows, parts):
+        raise ValueError(f"{path}: was trained on other tiles than {root} holds, and may have seen "
+                         "these test tiles: prepare the same images again")
+    if checkpoint["num_classes"] != len(tiles.classes):
+        raise ValueError(f"{path}: knows {checkpoint['num_classes']} classes, but "
+                         f"{args['data']} has {len(tiles.classes)}")
+    return tiles, parts
 
-        def place(epoch, value):
-            return (left + (right - left) * (epoch - 0.5) / epochs,
-                    bottom - (bottom - top) * (value - low) / (high - low))
 
-        # Axes: six marks up, at most ten epochs across.
-        draw.text(((left + right) / 2, 32), title, "black", font, anchor="mm")
-        draw.text(((left + right) / 2, bottom + 38), "epoch", "black", font, anchor="mm")
-        for value in (low + (high - low) * mark / 5 for mark in range(6)):
-            y = place(1, value)[1]
-            draw.line((left, y, right, y), "#dddddd")
-            draw.text((left - 8, y), f"{value:.2f}", "black", font, anchor="rm")
-        for epoch in range(1, epochs + 1, -(-epochs // 10)):
-            draw.text((place(epoch, low)[0], bottom + 14), str(epoch), "black", font, anchor="mm")
-        for log, colour in zip(logs.values(), COLOURS * len(logs)):
-            for key, width in series:
-                points = [place(epoch, row[key]) for epoch, row in enumerate(log, 1)]
-                draw.line(points, colour, width, "curve")
-                for x, y in points:
-                    draw.ellipse((x - width, y - width, x + width, y + width), colour)
-    for i, (name, colour) in enumerate(zip(logs, COLOURS * len(logs))):
-        draw.line((70, 460 + 24 * i, 110, 460 + 24 * i), colour, 3)
-        draw.text((120, 460 + 24 * i), name, "black", font, anchor="lm")
-    picture.save(path)
+def score_checkpoint(checkpoint, path, data_root, device, batch_size):
+    """Rebuild a checkpoint's network and score its test tiles -> dict, as report.py takes it."""
+    args = checkpoint["args"]
+    tiles, parts = open_data(checkpoint, path, data_root)
+    model = build_model(checkpoint, path).to(device)
+    loss_fn = loss_for(checkpoint["num_classes"], args["ignore_index"])
+    confusions, _ = evaluate(model, tiles, parts["test"], loss_fn, device, batch_size)
+    return {"checkpoint": str(path), "epoch": len(checkpoint["log"]), "args": args,
+            "recipe_version": checkpoint.get("recipe_version"), "weights": checkpoint["weights"],
+            **compute_metrics(confusions, args["ignore_index"]),
+            "confusion": confusions.sum(0).tolist()}
+
+
+def figure(checkpoints, results, names, data_root):
+    """Draw test tiles, the named ones or five from the worst to the best scored -> image, number.
+
+    checkpoints: {path: checkpoint}, all of one data set and split; results of `score_checkpoint`.
+    """
+    path, checkpoint = next(iter(checkpoints.items()))
+    tiles, parts = open_data(checkpoint, path, data_root)
+    test = parts["test"]
+    known = ["{}/{}/{}".format(*tiles.rows[i][:3]) for i in test]
+    unknown = [name for name in names or [] if name not in known]
+    if unknown:
+        raise ValueError(f"--tiles {unknown[0]}: no such test tile; they are called, for one, "
+                         f"{known[0]}")
+    ious = [result["tiles"] for result in results]  # None for a tile without any class
+    order = sorted(range(len(test)), key=lambda k: sum(scores[k] or 0.0 for scores in ious))
+    chosen = ([known.index(name) for name in names] if names else
+              [order[k] for k in sorted({round(i * (len(order) - 1) / 4) for i in range(5)})])
+    images, masks = get_batch(tiles, test[chosen], "cpu")
+    predictions = []
+    for path, checkpoint in checkpoints.items():
+        model = build_model(checkpoint, path).eval()
+        with torch.inference_mode():
+            labels = logits_to_labels(model(normalize(images)))
+        predictions.append(labels.numpy().astype(np.uint8))
+    rows = [(known[k], tiles.images[test[k]].numpy(), masks[n].numpy().astype(np.uint8),
+             [prediction[n] for prediction in predictions],
+             ["IoU -" if scores[k] is None else f"IoU {100 * scores[k]:.1f}" for scores in ious])
+            for n, k in enumerate(chosen)]
+    titles = [f"{result['args']['model']}, {result['args']['skip']}" for result in results]
+    return draw_figure(titles, rows, tiles.classes), len(chosen)
 
 
 def read_log(path):
-    """Read a run's log.csv -> list of dicts of floats, one per epoch."""
-    with open(path, newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-
-
-FOUND, FALSE_ALARM, MISSED = (255, 255, 255), (213, 94, 0), (86, 180, 233)
-
-
-def paint(prediction, mask, num_classes):
-    """Labels as colours -> (H, W, 3) uint8; of one class, what was found, missed and mistaken."""
-    if num_classes > 1:
-        return PALETTE[prediction]
-    colours = np.zeros((*mask.shape, 3), np.uint8)
-    colours[(prediction == 1) & (mask == 1)] = FOUND
-    colours[(prediction == 1) & (mask == 0)] = FALSE_ALARM
-    colours[(prediction == 0) & (mask == 1)] = MISSED
-    return colours
-
-
-def draw_figure(titles, rows, names, path):
-    """Draw tiles as the paper's Figs. 3-5: image, ground truth, one column per network.
-
-    titles: one per network; rows: (caption, image (H, W, 3), mask (H, W), predictions, captions of
-    those), all uint8; names: of the classes.
-    """
-    font, cell, line = ImageFont.load_default(size=14), TILE + 10, 22
-    if len(names) == 1:
-        legend = [(f"{names[0]}, found", FOUND), ("missed", MISSED), ("false alarm", FALSE_ALARM)]
-    else:
-        shown = np.unique([[mask, *predictions] for _, _, mask, predictions, _ in rows])
-        legend = [(names[label], tuple(PALETTE[label].tolist())) for label in shown]
-    per_line = max(1, (len(titles) + 2) * cell // 190)
-    height = 40 + (cell + line) * len(rows) + line * -(-len(legend) // per_line) + 10
-    picture = Image.new("RGB", ((len(titles) + 2) * cell + 10, height), "white")
-    draw = ImageDraw.Draw(picture)
-    for column, title in enumerate(["image", "ground truth", *titles]):
-        draw.text((10 + cell * column + TILE / 2, 20), title, "black", font, anchor="mm")
-    for row, (caption, image, mask, predictions, captions) in enumerate(rows):
-        y = 40 + (cell + line) * row
-        panels = [image, *(paint(labels, mask, len(names)) for labels in [mask, *predictions])]
-        for column, (panel, text) in enumerate(zip(panels, [caption, "", *captions])):
-            picture.paste(Image.fromarray(panel), (10 + cell * column, y))
-            draw.text((10 + cell * column, y + TILE + 4), text, "black", font)
-    for i, (name, colour) in enumerate(legend):
-        x, y = 10 + 190 * (i % per_line), height - 10 - line * (-(-len(legend) // per_line) -
-                                                                i // per_line)
-        draw.rectangle((x, y, x + 14, y + 14), colour, "black")
-        draw.text((x + 20, y - 1), name, "black", font)
-    picture.save(path)
-
-
-def figure(args, results):
-    """Draw five test tiles, from the worst to the best scored, or those named by --tiles."""
-    data, split = {(result["args"]["data"], result["args"]["split"]) for result in results}.pop()
-    images, masks, rows = load(data, args.data_root)
-    test = split_tiles(data, rows, split)["test"]
-    if any(len(result["tiles"]) != len(test) or (result["args"]["data"], result["args"]["split"])
-           != (data, split) for result in results):
-        raise ValueError("--figure compares networks of one data set and split: give only those")
-    called = ["{}/{}/{}".format(*rows[i][:3]) for i in test]
-    unknown = [name for name in args.tiles or [] if name not in called]
-    if unknown:
-        raise ValueError(f"--tiles {unknown[0]}: no such test tile; they are called, for one, "
-                         f"{called[0]}")
-    score_of = [[value or 0.0 for value in result["tiles"]] for result in results]
-    order = sorted(range(len(test)), key=lambda k: sum(scores[k] for scores in score_of))
-    chosen = ([called.index(name) for name in args.tiles] if args.tiles else
-              [order[k] for k in sorted({round(i * (len(order) - 1) / 4) for i in range(5)})])
-    batch, labels = get_batch(images, masks, test[chosen], "cpu")
-    predictions = []
-    for result in results:
-        checkpoint = load_checkpoint(result["checkpoint"])
-        model = build_model(checkpoint, result["checkpoint"]).eval()
-        with torch.inference_mode():
-            predictions.append(predict(model(normalize(batch))).numpy().astype(np.uint8))
-    lines = [(called[k], images[test[k]].numpy(), labels[n].numpy().astype(np.uint8),
-              [prediction[n] for prediction in predictions],
-              [f"IoU {100 * scores[k]:.1f}" for scores in score_of])
-             for n, k in enumerate(chosen)]
-    titles = [f"{result['args']['model']}, {result['args']['skip']}" for result in results]
-    draw_figure(titles, lines, CLASSES[data], args.figure)
-    print(f"{args.figure}: {len(chosen)} test tiles")
-
-
-# -----------------------------------------------------------------------------
-
-
-def score_checkpoint(path, args):
-    """Rebuild a checkpoint's network, data and split, and score its test tiles -> dict."""
-    checkpoint = load_checkpoint(path)
-    trained, device = checkpoint["args"], pick_device(args.device)
-    model = build_model(checkpoint, path).to(device)
-    images, masks, rows = load(trained["data"], args.data_root)
-    parts = split_tiles(trained["data"], rows, trained["split"])
-    if checkpoint["split"] != fingerprint(rows, parts):
-        raise ValueError(f"{path}: was trained on other tiles than {args.data_root} holds, and may "
-                         "have seen these test tiles: prepare the same images again")
-    loss_fn = loss_for(checkpoint["num_classes"], trained["ignore_index"])
-    confusions, _ = evaluate(model, images, masks, parts["test"], loss_fn, device, args.batch_size)
-    return {"checkpoint": str(path), "epoch": checkpoint["epoch"], "args": trained,
-            "weights": checkpoint["weights"], **score(confusions, trained["ignore_index"]),
-            "confusion": confusions.sum(0).tolist()}
+    """Read a run's log.csv -> list of dicts of floats, one per epoch; ValueError if damaged."""
+    try:
+        with open(path, newline="") as file:
+            log = [{name: float(value) for name, value in row.items()}
+                   for row in csv.DictReader(file)]
+    except (ValueError, TypeError, csv.Error):
+        log = []
+    if not log or first_mismatch(log, LOG):
+        raise ValueError(f"{path}: not the log of a run, or damaged")
+    return log
 
 
 def parse_args(argv=None):
@@ -366,34 +219,54 @@ def parse_args(argv=None):
     parser.add_argument("--tiles", nargs="+", metavar="IMAGE/ROW/COLUMN",
                         help="test tiles to draw (default: five over the range of scores)")
     parser.add_argument("--curves", metavar="PNG", help="draw the runs' training curves in one")
-    parser.add_argument("--data-root", default="data", help="folder of the prepared data")
-    parser.add_argument("--batch-size", type=positive(int), default=8,
-                        help="tiles at a time; no score depends on it")
-    parser.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
-    return parser.parse_args(argv)
+    parser.add_argument("--data-root", help="folder of the prepared data (default: as in training)")
+    parser.add_argument("--batch-size", type=number(int), default=8,
+                        help="tiles at a time; no score depends on it (default: 8)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    args = parser.parse_args(argv)
+    if args.tiles and not args.figure:
+        parser.error("--tiles is for --figure: name the picture to draw")
+    return args
 
 
 def main(args):
-    results = [score_checkpoint(Path(path), args) for path in args.checkpoints]
+    """Score the checkpoints -> list of results; ValueError if one cannot be used."""
+    device = pick_device(args.device)
+    checkpoints = {Path(path): load_checkpoint(path) for path in args.checkpoints}
+    sets = {(c["args"]["data"], c["args"]["split"]) for c in checkpoints.values()}
+    if args.figure and len(sets) > 1:
+        raise ValueError("--figure compares networks of one data set and split, and these are of "
+                         f"{len(sets)}: name fewer checkpoints")
+    logs = {str(path.parent): [read_log(path.with_name("log.csv"))]
+            for path in checkpoints if args.curves}
+
+    results = [score_checkpoint(checkpoint, path, args.data_root, device, args.batch_size)
+               for path, checkpoint in checkpoints.items()]
     if len(results) == 1:
         trained = results[0]["args"]
-        print(f"{trained['model']}, {trained['skip']} skip, {trained['data']}: "
-              f"{len(results[0]['tiles'])} test tiles of the {trained['split']} split, percent")
-        print(table(results[0], CLASSES[trained["data"]]))
+        print_progress(f"{trained['model']}, {trained['skip']} skip, {trained['data']}: "
+                       f"{len(results[0]['tiles'])} test tiles of the {trained['split']} split, "
+                       "percent\n")
+        print(metrics_table(results[0], CLASSES[trained["data"]]))
     else:
+        print_progress("\n")
         for average in "per_tile", "global":
             print(f"\n{average.replace('_', ' ')}, percent: mean ± standard deviation over runs"
                   f"{' (the number of the paper)' if average == 'per_tile' else ''}\n")
             print(table_2(results, average))
     if args.json:
-        replace(args.json, json.dumps(results, indent=1))
+        with write_atomic(args.json) as file:
+            file.write(json.dumps(results, indent=1).encode())
     if args.figure:
-        figure(args, results)
+        picture, n = figure(checkpoints, results, args.tiles, args.data_root)
+        with write_atomic(args.figure) as file:
+            picture.save(file)
+        print(f"{args.figure}: {n} test tiles")
     if args.curves:
-        draw_curves({path.parent.name: read_log(path.with_name("log.csv"))
-                     for path in map(Path, args.checkpoints)}, args.curves)
+        with write_atomic(args.curves) as file:
+            draw_curves(logs).save(file)
     return results
 
 
 if __name__ == "__main__":
-    run(main, parse_args())
+    run_cli(main, parse_args)

@@ -1,35 +1,33 @@
 """The paper's two networks, U-Net and Swin-UNet, and its three skip connections (paper 2.2).
 
-    python models.py        # parameter counts of every combination, beside the paper's Table 1
+    python models.py        # parameter counts of every combination: the paper's Table 1
 
 Read the three skips first: their difference is the paper. Both networks use the very same ones.
 """
 
-import os
-import platform
-import re
-import threading
-import urllib.error
-import urllib.request
 from contextlib import contextmanager, nullcontext
 
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models.swin_transformer import checkpoint_filter_fn
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from utils import first_line
+
 
 def resize(x, size):
-    """Resize maps x (N, C, h, w) bilinearly to `size` (H, W)."""
+    """Resize feature maps x (N, C, h, w) bilinearly to `size` (H, W)."""
     if x.shape[2:] == size:
         return x
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 # -----------------------------------------------------------------------------
-# The three skip connections. Each maps the encoder's list of maps, finest first, to the list that
-# the decoder concatenates: same number, same shapes. Level i's map is x_i with C_i channels.
+# The three skip connections. Each maps the encoder's list of feature maps, finest first, to the
+# list that the decoder concatenates: same number, same shapes. Level i's map is x_i, with C_i
+# channels.
 
 
 class StandardSkip(nn.Module):
@@ -38,8 +36,8 @@ class StandardSkip(nn.Module):
     def __init__(self, channels):
         super().__init__()
 
-    def forward(self, maps):
-        return maps
+    def forward(self, features):
+        return features
 
 
 class ConvSkip(nn.Module):
@@ -49,8 +47,8 @@ class ConvSkip(nn.Module):
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(c, c, 1) for c in channels)
 
-    def forward(self, maps):
-        return [conv(x) for conv, x in zip(self.convs, maps)]
+    def forward(self, features):
+        return [conv(x) for conv, x in zip(self.convs, features)]
 
 
 class FusionSkip(nn.Module):
@@ -64,25 +62,40 @@ class FusionSkip(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(c, c, 1) for c in channels)  # as ConvSkip draws them
+        self.convs = nn.ModuleList(nn.Conv2d(c, c, 1) for c in channels)
         self.match = nn.ModuleList(  # match[i][j]: C_j -> C_i
             nn.ModuleList(nn.Identity() if j == i else nn.Conv2d(channels[j], channels[i], 1)
                           for j in range(len(channels))) for i in range(len(channels)))
 
-    def forward(self, maps):
+    def forward(self, features):
         fused = []
         for i, (match, conv) in enumerate(zip(self.match, self.convs)):
-            size, total = maps[i].shape[2:], maps[i]
-            for j in range(len(maps)):
+            size, total = features[i].shape[2:], features[i]
+            for j in range(len(features)):
                 if j < i:  # finer
-                    total = total + match[j](resize(maps[j], size))
+                    total = total + match[j](resize(features[j], size))
                 elif j > i:  # coarser
-                    total = total + resize(match[j](maps[j]), size)
+                    total = total + resize(match[j](features[j]), size)
             fused.append(conv(total))
         return fused
 
 
 SKIPS = {"standard": StandardSkip, "conv": ConvSkip, "fusion": FusionSkip}
+
+
+# -----------------------------------------------------------------------------
+# What both networks are made of
+
+
+def double_conv(in_channels, out_channels, norm=True):
+    """Two 3x3 convolutions, padded so that they keep the size, each with BatchNorm and ReLU."""
+    layers = []
+    for channels in in_channels, out_channels:
+        layers.append(nn.Conv2d(channels, out_channels, 3, padding=1))
+        if norm:
+            layers.append(nn.BatchNorm2d(out_channels))
+        layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers)
 
 
 def he_init(blocks):
@@ -99,7 +112,8 @@ def he_init(blocks):
 
 
 # -----------------------------------------------------------------------------
-# U-Net
+# The two networks. Each draws its skip last: networks of one seed share all their other weights,
+# so that a comparison of skips, seed by seed, compares the skips alone.
 
 
 class UNet(nn.Module):
@@ -109,67 +123,45 @@ class UNet(nn.Module):
 
     Unlike the original, convolutions are padded, so that the output has the input's size, and each
     is followed by BatchNorm: that is what the paper's parameter count (Table 1) amounts to.
-    `width` is the channel count of the first level, 64 in the paper. Raises ValueError for sides
-    that are not multiples of 16.
+    `width` is the channel count of the first level, 64 in the paper; `checkpointing` recomputes
+    feature maps in the backward pass instead of keeping them. Raises ValueError for other sides.
     """
+
+    pretrained = False
+    side_multiple, max_side = 16, None  # pixels, of the images that it takes
 
     def __init__(self, skip, num_classes, width=64, checkpointing=False):
         super().__init__()
         self.checkpointing = checkpointing
         widths = [width * 2**level for level in range(5)]  # 64 128 256 512 1024
-        ups = list(zip(widths[:0:-1], widths[-2::-1]))  # 1024 -> 512 ... 128 -> 64
-        self.encoder = nn.ModuleList(self.block(c, d) for c, d in zip([3] + widths, widths))
-        self.up = nn.ModuleList(nn.ConvTranspose2d(c, d, 2, stride=2) for c, d in ups)
-        self.decoder = nn.ModuleList(self.block(c, d) for c, d in ups)
+        downs = list(zip([3, *widths], widths))            # 3 -> 64, 64 -> 128 ... 512 -> 1024
+        ups = list(zip(widths[:0:-1], widths[-2::-1]))     # 1024 -> 512 ... 128 -> 64
+        self.encoder = nn.ModuleList(double_conv(*channels) for channels in downs)
+        self.up = nn.ModuleList(nn.ConvTranspose2d(*channels, 2, stride=2) for channels in ups)
+        self.decoder = nn.ModuleList(double_conv(*channels) for channels in ups)
         self.head = nn.Conv2d(width, num_classes, 1)
         he_init([*self.encoder, *self.decoder])
-        self.skip = SKIPS[skip](widths[:-1])  # drawn last: a seed's other weights are the same
-
-    @staticmethod
-    def block(c, d):
-        return nn.Sequential(
-            nn.Conv2d(c, d, 3, padding=1), nn.BatchNorm2d(d), nn.ReLU(inplace=True),
-            nn.Conv2d(d, d, 3, padding=1), nn.BatchNorm2d(d), nn.ReLU(inplace=True))
+        self.skip = SKIPS[skip](widths[:-1])
 
     def forward(self, images):
         height, width = images.shape[2:]
         if height % 16 or width % 16:
             raise ValueError(f"U-Net takes images whose sides are multiples of 16, not {height} x "
                              f"{width}: pad or crop them")
-        maps, x = [], images                              # (N, 3, 224, 224)
+        features, x = [], images                          # (N, 3, 224, 224)
         for block in self.encoder[:-1]:
-            maps.append(self.call(block, x))              # 64 @ 224, 128 @ 112, 256 @ 56, 512 @ 28
-            x = F.max_pool2d(maps[-1], 2)
+            features.append(self.run_block(block, x))     # 64 @ 224, 128 @ 112, 256 @ 56, 512 @ 28
+            x = F.max_pool2d(features[-1], 2)
         x = self.encoder[-1](x)                           # 1024 @ 14
-        for up, block, skip in zip(self.up, self.decoder, reversed(self.skip(maps))):
+        for up, block, skip in zip(self.up, self.decoder, reversed(self.skip(features))):
             x = torch.cat([skip, up(x)], dim=1)
-            x = self.call(block, x)                       # 512 @ 28, 256 @ 56, 128 @ 112, 64 @ 224
+            x = self.run_block(block, x)                  # 512 @ 28, 256 @ 56, 128 @ 112, 64 @ 224
         return self.head(x)                               # (N, num_classes, 224, 224)
 
-    def call(self, block, x):
-        """block(x); with checkpointing, what it keeps for the backward pass is computed anew."""
-        if not (self.checkpointing and self.training):
-            return block(x)
-        return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False,
-                          context_fn=lambda: (nullcontext(), statistics_off(block)))
-
-
-@contextmanager
-def statistics_off(block):
-    """While a block is computed anew, keep BatchNorm from counting the same batch twice."""
-    norms = [module for module in block if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, kept):
-            norm.momentum, norm.num_batches_tracked = momentum, count
-
-
-# -----------------------------------------------------------------------------
-# Swin-UNet
+    def run_block(self, block, x):
+        if self.checkpointing and self.training:
+            return checkpointed(block, x)
+        return block(x)
 
 
 class SwinUNet(nn.Module):
@@ -179,40 +171,39 @@ class SwinUNet(nn.Module):
 
     The encoder is timm's Swin-T without its classifier. Unlike the original's, the decoder is
     convolutional: that is what the paper's parameter count (Table 1) amounts to. The skips leave
-    the encoder right after each patch merging. Raises ValueError for any other image size.
+    the encoder right after each patch merging. `width` and `checkpointing` mean nothing here, as
+    Swin-T's widths are fixed. Raises ValueError for any other image size.
     """
 
-    def __init__(self, skip, num_classes):
+    pretrained = True  # its encoder starts from ImageNet's weights
+    side_multiple = max_side = 224
+
+    def __init__(self, skip, num_classes, width=None, checkpointing=False):
         super().__init__()
         self.encoder = timm.create_model("swin_tiny_patch4_window7_224", num_classes=0)
-        self.decoder = nn.ModuleList(self.block(c, d) for c, d in [
+        self.decoder = nn.ModuleList(double_conv(*channels, norm=False) for channels in [
             (768, 384), (384 + 768, 192), (192 + 384, 96), (96 + 192, 64)])
         self.head = nn.Conv2d(64, num_classes, 1)
         he_init(self.decoder)
-        self.skip = SKIPS[skip]([192, 384, 768])  # drawn last, as in UNet
-
-    @staticmethod
-    def block(c, d):
-        return nn.Sequential(nn.Conv2d(c, d, 3, padding=1), nn.ReLU(inplace=True),
-                             nn.Conv2d(d, d, 3, padding=1), nn.ReLU(inplace=True))
+        self.skip = SKIPS[skip]([192, 384, 768])
 
     def encode(self, images):
-        """images -> skip maps [192 @ 28, 384 @ 14, 768 @ 7] and the bottleneck, 768 @ 7."""
-        maps, x = [], self.encoder.patch_embed(images)    # (N, 56, 56, 96): timm's Swin is NHWC
+        """images -> features [192 @ 28, 384 @ 14, 768 @ 7] and the bottleneck, 768 @ 7."""
+        features, x = [], self.encoder.patch_embed(images)  # (N, 56, 56, 96): timm's Swin is NHWC
         for stage in self.encoder.layers:
             x = stage.downsample(x)                       # patch merging; nothing in stage 0
-            maps.append(x.permute(0, 3, 1, 2))
+            features.append(x.permute(0, 3, 1, 2))
             x = stage.blocks(x)
-        return maps[1:], self.encoder.norm(x).permute(0, 3, 1, 2)
+        return features[1:], self.encoder.norm(x).permute(0, 3, 1, 2)
 
     def forward(self, images):
         if images.shape[2:] != (224, 224):
             height, width = images.shape[2:]
             raise ValueError(f"Swin-UNet takes 224 x 224 images, not {height} x {width}: "
                              "cut or resize them")
-        maps, x = self.encode(images)                     # 768 @ 7
+        features, x = self.encode(images)                 # 768 @ 7
         x = self.decoder[0](resize(x, (14, 14)))          # 384 @ 14
-        for block, skip in zip(self.decoder[1:], reversed(self.skip(maps))):
+        for block, skip in zip(self.decoder[1:], reversed(self.skip(features))):
             size = (2 * skip.shape[2], 2 * skip.shape[3])
             x = torch.cat([resize(x, size), resize(skip, size)], dim=1)
             x = block(x)                                  # 192 @ 14, 96 @ 28, 64 @ 56
@@ -224,14 +215,61 @@ MODELS = {"unet": UNet, "swin_unet": SwinUNet}
 
 
 def create_model(model, skip, num_classes, width=64, checkpointing=False):
-    """Build one of the paper's networks: `model` from MODELS, `skip` from SKIPS.
+    """Build a network: `model` from MODELS, `skip` from SKIPS; both tables take one more entry.
 
     `width` is the U-Net's first-level channel count (paper: 64), `checkpointing` has its training
-    recompute activations in place of keeping them; both mean nothing to Swin-UNet.
+    recompute feature maps instead of keeping them. Raises ValueError for a name in no table.
     """
-    if model == "unet":
-        return UNet(skip, num_classes, width, checkpointing)
-    return SwinUNet(skip, num_classes)
+    if model not in MODELS or skip not in SKIPS:
+        raise ValueError(f"no network is called {model!r} with {skip!r} skips: there are "
+                         f"{', '.join(MODELS)} and {', '.join(SKIPS)}")
+    return MODELS[model](skip, num_classes, width, checkpointing)
+
+
+def build_model(checkpoint, path):
+    """The trained network that a checkpoint of train.py holds; ValueError if they do not fit."""
+    args = checkpoint["args"]
+    arguments = args["model"], args["skip"], checkpoint["num_classes"], args["width"]
+    try:
+        with torch.device("meta"):  # shapes need no memory, however large a file says it is
+            create_model(*arguments).load_state_dict(dict(checkpoint["model"]), assign=True)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{path}: its weights do not fit the {args['model']} with {args['skip']} "
+                         f"skips that it names ({first_line(error)}): it was not written by this "
+                         "version") from None
+    model = create_model(*arguments)
+    model.load_state_dict(checkpoint["model"])
+    return model
+
+
+# -----------------------------------------------------------------------------
+# Checkpointing: less memory, more time
+
+
+def checkpointed(block, x):
+    """block(x), but what it keeps for the backward pass is computed anew there."""
+    # A compiled block counts a batch once in any case, and torch.compile takes no context_fn.
+    contexts = {} if torch.compiler.is_compiling() else {
+        "context_fn": lambda: (nullcontext(), statistics_off(block))}
+    return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, **contexts)
+
+
+@contextmanager
+def statistics_off(block):
+    """While a block is computed anew, keep BatchNorm from counting the same batch twice.
+
+    What it saves for the backward pass must not change, so it still gets its running statistics: a
+    momentum of 0 leaves them as they are. Its counter of batches is a copy that is thrown away.
+    """
+    norms = [layer for layer in block if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, kept):
+            norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
 # -----------------------------------------------------------------------------
@@ -258,142 +296,63 @@ def load_encoder(encoder, path=None):
     except Exception as error:  # as in load_checkpoint
         raise ValueError(f"{path}: not weights, or damaged ({first_line(error)})") from None
 
-    # Microsoft counts a patch merging to the stage before it, timm to the stage after it. Both
-    # files hold a classifier, Microsoft's also buffers; a checkpoint of ours holds a whole network.
+    # A checkpoint of ours holds a whole network. Microsoft's names are not timm's, which knows how
+    # to convert them; it would also resize tables of another Swin, which then is none of ours.
     if any(name.startswith("encoder.") for name in tensors):
         tensors = {name.removeprefix("encoder."): tensor for name, tensor in tensors.items()
                    if name.startswith("encoder.")}
+    shapes = {tensor.shape for tensor in tensors.values()}
     if "layers.0.downsample.reduction.weight" in tensors:
-        tensors = {re.sub(r"^layers\.(\d)\.downsample", lambda match:
-                          f"layers.{int(match[1]) + 1}.downsample", name): tensor
-                   for name, tensor in tensors.items()}
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")
-               and not name.endswith(("relative_position_index", "attn_mask"))}
+        tensors = checkpoint_filter_fn(tensors, encoder)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
 
     expected = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
-    missing = [name for name in expected if name not in tensors]
-    wrong = [name for name in tensors if tensors[name].shape != expected.get(name)]
-    if missing or wrong:
-        def few(names):
-            return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        raise ValueError(f"{path}: not a Swin-T: missing {few(missing)}, left over or of another "
-                         f"shape {few(wrong)}; `./prepare_data.sh weights` fetches the right file")
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    wrong = sorted({name for name, _ in expected.items() ^ found.items()} |
+                   {name for name in found if found[name] not in shapes})
+    if wrong:
+        raise ValueError(f"{path}: not a Swin-T: {len(wrong)} tensors are missing, left over or of "
+                         f"another shape, {', '.join(wrong[:3])} among them; `./prepare_data.sh "
+                         "weights` fetches the right file")
     encoder.load_state_dict(tensors)
     return f"encoder weights from {origin}"
 
 
 def fetch_from_hub():
     """timm's file of the weights, from its cache or the hub; FileNotFoundError within seconds."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache  # what timm uses itself
+    from huggingface_hub import (get_hf_file_metadata, hf_hub_download, hf_hub_url,
+                                 try_to_load_from_cache)  # what timm uses itself
 
     cached = try_to_load_from_cache(HUB, "model.safetensors")
     if isinstance(cached, str):
         return cached
-    answers = []
-
-    def ask():  # in a thread, as looking up a host name has no time limit; the hub retries a minute
-        try:
-            urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"),
-                                   timeout=4).close()
-            answers.append("yes")
-        except urllib.error.HTTPError:
-            answers.append("yes, with a status that is not our concern")
-        except OSError:
-            pass
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(4)
-    reason = "the hub cannot be reached"
     try:
-        if answers:
-            return hf_hub_download(HUB, "model.safetensors")
+        # Ask once, with a time limit: without a network, the download alone would retry for long.
+        get_hf_file_metadata(hf_hub_url(HUB, "model.safetensors"), timeout=5)
+        return hf_hub_download(HUB, "model.safetensors")
     except Exception as error:  # the hub's errors have no common base
-        reason = first_line(error)
-    raise FileNotFoundError(
-        f"no pretrained Swin-T, {reason}: where there is a network, run `./prepare_data.sh "
-        f"weights` or download {MICROSOFT}, and give the file with --weights; or train from "
-        "scratch with --no-pretrained")
-
-
-def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(
+            f"no pretrained Swin-T, the hub does not give it ({first_line(error)}): where there is "
+            f"a network, run `./prepare_data.sh weights` or download {MICROSOFT}, and give that "
+            "file with --weights; or train from scratch with --no-pretrained") from None
 
 
 # -----------------------------------------------------------------------------
-# Where networks run, and how they come back from disk.
 
 
-def pick_device(name=None):
-    """The device called `name`, or the best there is: CUDA, Apple's MPS, the CPU."""
-    if name is None:
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} does not work here: {first_line(error)}") from None
-
-
-def describe(device):
-    """What a measurement was made on: the card's name, or the kind of CPU and its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return (f"{device.type}, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, "
-            f"{torch.get_num_threads()} threads")
-
-
-def autocast(device):
-    """Half precision on CUDA, bfloat16 or, where a card has none, float16; elsewhere nothing."""
-    if device.type != "cuda":
-        return torch.autocast(device.type, enabled=False)
-    bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast("cuda", torch.bfloat16 if bfloat16 else torch.float16)
-
-
-def load_checkpoint(path):
-    """Read a checkpoint written by train.py -> dict of plain values and tensors on the CPU.
-
-    Raises ValueError if it is not one; code that a file may carry is never run.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"model", "args", "num_classes", "split", "epoch", "log"} - set(checkpoint)
-    except OSError:
-        raise
-    except Exception as error:  # torch.load has no common base for what a damaged file raises
-        raise ValueError(f"{path}: not a checkpoint of train.py, or damaged "
-                         f"({first_line(error)})") from None
-    if missing:
-        raise ValueError(f"{path}: not a checkpoint of train.py: it holds no {missing.pop()}")
-    return checkpoint
-
-
-def build_model(checkpoint, path):
-    """The trained network that a checkpoint holds; ValueError if its weights do not fit."""
-    args = checkpoint["args"]
-    model = create_model(args["model"], args["skip"], checkpoint["num_classes"], args["width"])
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError:
-        raise ValueError(f"{path}: its weights do not fit the {args['model']} with {args['skip']} "
-                         "skips that it names: it was not written by this version") from None
-    return model
-
-
-def table_1():
-    """Parameter counts of every combination beside the paper's Table 1, as text for people."""
-    paper = {("unet", "standard"): "31,043,521", ("swin_unet", "conv"): "35,383,483"}
-    lines = ["parameters             1 class    3 classes   22 classes   paper, Table 1"]
-    for model in MODELS:
-        for skip in SKIPS:
-            with torch.device("meta"):  # counts need no memory
+def parameter_counts():
+    """{(model, skip): [parameters for 1, 3 and 22 classes]}, as in the paper's Table 1."""
+    counts = {}
+    with torch.device("meta"):  # counts need no memory
+        for model in MODELS:
+            for skip in SKIPS:
                 networks = [create_model(model, skip, num_classes) for num_classes in (1, 3, 22)]
-            counts = [sum(p.numel() for p in network.parameters()) for network in networks]
-            lines.append(f"{model:10}{skip:8}" + "".join(f"{count:>13,}" for count in counts)
-                         + f"{paper.get((model, skip), '-'):>17}")
-    return "\n".join(lines)
+                counts[model, skip] = [sum(parameter.numel() for parameter in network.parameters())
+                                       for network in networks]
+    return counts
 
 
 if __name__ == "__main__":
-    print(table_1())
+    print("parameters               1 class    3 classes   22 classes")
+    for (model, skip), counts in parameter_counts().items():
+        print(f"{model:11}{skip:9}" + "".join(f"{count:>13,}" for count in counts))

@@ -33,9 +33,10 @@ fetch() {  # ADDRESS SHA256 FILE
   by_hand="open that address in a browser, save the file in '${3%/*}' and run $by_hand"
   mkdir -p "${3%/*}" && touch "$part" || exit 2
   echo "fetching $3"
-  # A connection that brought something before it broke is worth another try from there.
-  until before=$(size "$part"); whole "$part" "$2" || curl --fail --location --retry 3 \
-    --show-error "$meter" --continue-at - --output "$part" "$1"; do
+  # Where a connection broke or fell silent, another one goes on; curl's --retry would start anew.
+  until before=$(size "$part"); whole "$part" "$2" || curl --fail --location --show-error \
+    "$meter" --connect-timeout 60 --speed-limit 1000 --speed-time 60 --continue-at - \
+    --output "$part" "$1"; do
     [ "$(size "$part")" -gt "$before" ] || die "could not download $1:" \
       "run this again to resume; if that never helps, delete $part or $by_hand"
   done
@@ -122,7 +123,7 @@ for source in "${sources[@]}"; do
     if [ -f "$zip" ]; then unpack "$zip" "$source"; fi
   done
   if [ "$source" -ef "$raw" ]; then unpacked=$raw
-  elif [ -n "$(find "$source" -path "$images" -print -quit)" ]; then folders+=("$source"); fi
+  elif [ -n "$(find -L "$source" -path "$images" -print -quit)" ]; then folders+=("$source"); fi
 done
 folders+=(${unpacked:+"$unpacked"})
 [ ${#folders[@]} -gt 0 ] || die "no $images, nor an archive with one, in ${sources[*]}"

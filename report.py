@@ -1,11 +1,12 @@
-"""Rebuild results/README.md's tables and curves from the scores.json that training leaves behind.
+"""Rebuild the tables and curves of results/README.md from the scores.json that training leaves.
 
     python report.py results/runs/*.json                     # the page as it is committed
-    python report.py runs/*/scores.json --page my_page.md    # your runs in a page of yours
+    python report.py runs/*/scores.json --page my_page.md    # your runs, in a page of yours
 
 The words of a page are written by hand, its tables here: each stands between two comments,
-<!-- NAME --> and <!-- end -->, with NAME one of TABLES below. Scores are in percent. Training curves
-(the paper's Fig. 2) are drawn beside the page, a picture for every data set, split and model.
+<!-- NAME --> and <!-- end -->, with NAME one of TABLES below; a page that is not there yet gets
+them all. Scores are in percent. Training curves (the paper's Fig. 2) are drawn beside the page, a
+picture for every data set, split and network.
 """
 
 import argparse
@@ -15,171 +16,299 @@ import re
 import statistics
 from pathlib import Path
 
-from data import replace, run
-from eval import PAPER, changes, draw_curves, table_2
-from models import table_1
+from losses import RECIPE_VERSION, RECIPE_VERSIONS, RECIPES, recipe_overrides
+from models import MODELS, SKIPS, parameter_counts
+from plots import draw_curves
+from utils import ARGS, LOG, first_mismatch, run_cli, write_atomic
+
+PAPER_PARAMETERS = {("unet", "standard"): 31_043_521, ("swin_unet", "conv"): 35_383_483}  # Table 1
+
+PAPER = {  # Table 2: mIoU and F1 in percent
+    ("bcss", "unet", "standard"): (30.44, 53.70), ("bcss", "unet", "conv"): (33.78, 47.42),
+    ("bcss", "swin_unet", "standard"): (57.55, 64.39),
+    ("bcss", "swin_unet", "conv"): (57.23, 64.16),
+    ("bcss", "swin_unet", "fusion"): (56.59, 63.69),
+    ("bcss512", "unet", "standard"): (23.96, 34.04), ("bcss512", "unet", "conv"): (23.45, 33.70),
+    ("bcss512", "swin_unet", "standard"): (47.45, 53.84),
+    ("bcss512", "swin_unet", "conv"): (45.78, 53.12),
+    ("bcss512", "swin_unet", "fusion"): (48.11, 55.06),
+    ("monuseg", "unet", "standard"): (66.27, 79.45), ("monuseg", "unet", "conv"): (67.32, 80.28),
+    ("monuseg", "unet", "fusion"): (65.68, 79.03),
+    ("monuseg", "swin_unet", "standard"): (63.98, 77.65),
+    ("monuseg", "swin_unet", "conv"): (64.78, 78.00),
+    ("monuseg", "swin_unet", "fusion"): (63.42, 76.96),
+}
 
 PAPER_HOURS = {  # 3.2, to train one network on an RTX 3070
     ("monuseg", "unet"): 2, ("monuseg", "swin_unet"): 1, ("bcss", "unet"): 50,
     ("bcss", "swin_unet"): 10, ("bcss512", "unet"): 10, ("bcss512", "swin_unet"): 2}
 
+# -----------------------------------------------------------------------------
+# Runs. A result is the content of one scores.json, see SCORES.
+
+AVERAGE = {"iou": float | None, "f1": float | None}  # None: no test tile shows any class
+SCORES = {"args": ARGS, "recipe_version": int, "weights": str, "log": LOG, "seconds": [float],
+          "epoch": int, "images": [str], "tiles": [float | None], "torch": str, "device": str,
+          "processes": int, "per_tile": AVERAGE, "global": AVERAGE}
+KNOWN = {"data": RECIPES, "split": ("tile", "image", "official"), "model": MODELS, "skip": SKIPS}
+
+
+def read_scores(path):
+    """Read a scores.json -> result; ValueError if it is none."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        result = None
+    wrong = first_mismatch(result, SCORES)
+    if not wrong:
+        sound = {name: result["args"][name] in known for name, known in KNOWN.items()}
+        sound["log"] = 0 < len(result["log"]) == len(result["seconds"])
+        sound["tiles"] = len(result["tiles"]) == len(result["images"])
+        wrong = next((name for name in sound if not sound[name]), None)
+    if wrong:
+        raise ValueError(f"{path}: not the scores.json of a run ({wrong} missing or not as it "
+                         "should be): train.py writes one at the end of a run")
+    return result
+
 
 def flags(result):
-    """What `train.py` was told, so that it can be told again."""
-    names = " ".join(f"--{name} {result['args'][name]}"
-                     for name in ("model", "skip", "data", "split", "seed"))
-    return f"{names} {changes(result)}".strip()
+    """The flags of train.py by which a run differs from the paper's; empty where it does not."""
+    args = result["args"]
+    words = [f"--{name.replace('_', '-')} {value}"
+             for name, value in recipe_overrides(args).items()]
+    if MODELS[args["model"]].pretrained and result["weights"] == "from scratch":
+        words.append("--no-pretrained")
+    return " ".join(words)
+
+
+def label(result):
+    """What runs that share a mean have in common, beside data, split and skip."""
+    version = result["recipe_version"]
+    older = "" if version == RECIPE_VERSION else f" (recipe {version or 'unknown'})"
+    return f"{result['args']['model']} {flags(result)}".strip() + older
+
+
+def group_by(results, key):
+    """{key(result): [results]}, in the order of their first."""
+    groups = {}
+    for result in results:
+        groups.setdefault(key(result), []).append(result)
+    return groups
 
 
 def markdown(titles, rows):
+    """A Markdown table. What comes out of files can neither break it nor become a comment."""
+    def cell(value):
+        return " ".join(str(value).replace("|", "\\|").replace("<", "&lt;").split())
+
     lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
+
+
+def percent(value, sign=""):
+    return "-" if value is None else f"{100 * value:{sign}.2f}"
+
+
+# -----------------------------------------------------------------------------
+# Tables
+
+
+def table_1(results):
+    """The paper's Table 1: parameters of every combination, beside the paper's two numbers."""
+    return markdown(["Model", "Skip", "1 class", "3 classes", "22 classes", "The paper"],
+                    [[model, skip, *(f"{count:,}" for count in counts),
+                      f"{PAPER_PARAMETERS[model, skip]:,}" if (model, skip) in PAPER_PARAMETERS
+                      else "-"] for (model, skip), counts in parameter_counts().items()])
+
+
+def table_2(results, average):
+    """The paper's Table 2: mean ± standard deviation over seeds, (the paper's).
+
+    average: "per_tile", as the paper's, or "global". A row holds the runs that differ in the seed
+    alone; ValueError for two that differ in nothing.
+    """
+    rows = []
+    groups = group_by(results, lambda result: (
+        result["args"]["data"], result["args"]["split"], label(result), result["args"]["skip"]))
+    order = [*SKIPS]
+    for (data, split, name, skip), group in sorted(
+            groups.items(), key=lambda item: (*item[0][:3], order.index(item[0][3]))):
+        seeds = [result["args"]["seed"] for result in group]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"two runs of {data}, {split}, {name}, {skip} have one seed, of "
+                             f"{seeds}: a mean over seeds takes each once")
+        is_papers = (average, split, name) == ("per_tile", "tile", group[0]["args"]["model"])
+        paper = PAPER.get((data, name, skip)) if is_papers else None
+        cells = []
+        for k, metric in enumerate(("iou", "f1")):
+            values = [result[average][metric] for result in group]
+            values = [value for value in values if value is not None]
+            mean = statistics.mean(values) if values else None
+            spread = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(percent(mean) + spread + (f" ({paper[k]:.2f})" if paper else ""))
+        rows.append([f"{data}, {split}", name, skip, *cells, len(group)])
+    return markdown(["Data, split", "Model", "Skip", "mIoU", "F1", "Runs"], rows)
 
 
 def mean_and_error(values):
-    """Mean difference +- its standard error, in percent points; of one value there is no error."""
+    """Mean difference ± its standard error, in percent points; of one value there is no error."""
+    if not values:
+        return "-"
     error = (f" ± {100 * statistics.stdev(values) / math.sqrt(len(values)):.2f}"
              if len(values) > 1 else "")
     return f"{100 * statistics.mean(values):+.2f}{error} (n = {len(values)})"
 
 
-def skip_differences(runs):
-    """Per-tile test IoU of conv and fusion minus that of standard, seed by seed, image by image.
+def scores_by_image(result):
+    """{test image: mean IoU of its tiles}; tiles without a class have none."""
+    tiles = {}
+    for image, iou in zip(result["images"], result["tiles"]):
+        if iou is not None:
+            tiles.setdefault(image, []).append(iou)
+    return {image: statistics.mean(ious) for image, ious in tiles.items()}
+
+
+def skip_differences(results):
+    """Per-tile test IoU of every skip minus that of the first, seed by seed, image by image.
 
     Over seeds: whether a new run would show it again. Over test images, each the mean of its tiles
     and of all seeds: whether new images would.
     """
-    def by_image(result):
-        tiles = {}
-        for image, iou in zip(result["images"], result["tiles"]):
-            if iou is not None:
-                tiles.setdefault(image, []).append(iou)
-        return {image: statistics.mean(ious) for image, ious in tiles.items()}
-
-    recipes, rows = {}, []  # recipes[what all its runs share][skip][seed]
-    for result in runs:
-        args = result["args"]
-        recipe = args["data"], args["split"], args["model"], changes(result)
-        recipes.setdefault(recipe, {}).setdefault(args["skip"], {})[args["seed"]] = result
-    for (data, split, model, changed), by_skip in recipes.items():
-        for skip in "conv", "fusion":
-            standard, other = by_skip.get("standard", {}), by_skip.get(skip, {})
-            pairs = [(other[seed], standard[seed]) for seed in sorted(standard.keys() & other)]
+    rows, (first, *others) = [], SKIPS
+    groups = group_by(results, lambda result: (result["args"]["data"], result["args"]["split"],
+                                               label(result)))
+    for (data, split, name), group in groups.items():
+        by_seed = {(result["args"]["skip"], result["args"]["seed"]): result for result in group
+                   if result["per_tile"]["iou"] is not None}
+        for skip in others:
+            pairs = [(by_seed[skip, seed], by_seed[first, seed]) for seed in
+                     sorted(seed for other, seed in by_seed if other == skip)
+                     if (first, seed) in by_seed]
             if not pairs:
                 continue
-            seeds = [one["per_tile"]["iou"] - two["per_tile"]["iou"] for one, two in pairs]
-            scores = [(by_image(one), by_image(two)) for one, two in pairs]
-            images = [statistics.mean(one[name] - two[name] for one, two in scores)
-                      for name in scores[0][0]]
-            spread = [statistics.stdev(value["per_tile"]["iou"] for value in values)
-                      for values in zip(*pairs)] if len(pairs) > 1 else []
-            paper = [PAPER[data, model, name][0] for name in (skip, "standard")
-                     if (data, model, name) in PAPER]
-            rows.append([f"{model} {changed}", f"{data}, {split}", f"{skip} - standard",
-                         mean_and_error(seeds), mean_and_error(images),
-                         " / ".join(f"{100 * value:.2f}" for value in spread) or "-",
+            over_seeds = [one["per_tile"]["iou"] - two["per_tile"]["iou"] for one, two in pairs]
+            scores = [(scores_by_image(one), scores_by_image(two)) for one, two in pairs]
+            if any(run.keys() != scores[0][0].keys() for pair in scores for run in pair):
+                raise ValueError(f"runs of {data}, {split}, {name}, {skip} and {first} have "
+                                 "different test images: leave out those of other prepared data")
+            over_images = [statistics.mean(one[image] - two[image] for one, two in scores)
+                           for image in scores[0][0]]
+            deviations = [statistics.stdev(result["per_tile"]["iou"] for result in column)
+                          for column in zip(*pairs)] if len(pairs) > 1 else []
+            model = group[0]["args"]["model"]
+            paper = [PAPER[data, model, which][0] for which in (skip, first)
+                     if (data, model, which) in PAPER]
+            rows.append([f"{data}, {split}", name, f"{skip} - {first}", mean_and_error(over_seeds),
+                         mean_and_error(over_images),
+                         " / ".join(f"{100 * value:.2f}" for value in deviations) or "-",
                          f"{paper[0] - paper[1]:+.2f}" if len(paper) == 2 else "-"])
-    return markdown(["Model", "Data, split", "Skips", "Difference over seeds", "over test images",
+    return markdown(["Data, split", "Model", "Skips", "Difference over seeds", "over test images",
                      "Deviation between seeds", "The paper's difference"], rows)
 
 
-def time_to_paper(runs):
+def time_to_paper(results):
     """How long training takes until the validation IoU, per tile, passes the paper's test IoU."""
     rows = []
-    for result in runs:
+    for result in results:
         data, model, skip = (result["args"][name] for name in ("data", "model", "skip"))
         if result["args"]["split"] != "tile" or (data, model, skip) not in PAPER:
             continue
         paper = PAPER[data, model, skip][0]
         ious = [100 * row["val_iou_per_tile"] for row in result["log"]]
         epoch = next((epoch for epoch, iou in enumerate(ious) if iou >= paper), None)
-        rows.append([f"{model} {changes(result)}", skip, data, result["args"]["seed"],
-                     f"{paper:.2f}", "not reached" if epoch is None else
+        rows.append([data, label(result), skip, result["args"]["seed"], f"{paper:.2f}",
+                     "not reached" if epoch is None else
                      f"{result['seconds'][epoch] / 60:.1f} min, epoch {epoch + 1}",
                      f"{max(ious):.2f}", f"{result['seconds'][-1] / 60:.1f} min, {len(ious)} "
-                     "epochs", result["device"], f"{PAPER_HOURS[data, model]} h"])
-    return markdown(["Model", "Skip", "Data", "Seed", "The paper's IoU", "Passed after",
-                     "Best validation IoU", "Whole run", "Device", "The paper's whole run"], rows)
+                     "epochs", f"{PAPER_HOURS[data, model]} h"])
+    return markdown(["Data", "Model", "Skip", "Seed", "The paper's IoU", "Passed after",
+                     "Best validation IoU", "Whole run", "The paper's whole run"], rows)
 
 
-def mean_logs(runs):
-    """Mean over seeds of the runs' logs -> {(data, split, model): {name: log for draw_curves}}."""
-    logs = {}
-    for result in runs:
-        args = result["args"]
-        name = f"{args['model']} {changes(result)}".strip() + f", {args['skip']} skip"
-        by_name = logs.setdefault((args["data"], args["split"], args["model"]), {})
-        by_name.setdefault(name, []).append(result["log"])
-    return {key: {f"{name}, mean of {len(group)} seeds" if len(group) > 1 else name:
-                  [{column: statistics.mean(row[column] for row in rows) for column in rows[0]}
-                   for rows in zip(*group)] for name, group in by_name.items()}
-            for key, by_name in logs.items()}
+def training_curves(results):
+    """{name of a picture: {name of a line: logs of its seeds}}, as draw_curves takes them."""
+    pictures = group_by(results, lambda result: "curves-{data}-{split}-{model}.png".format(
+        **result["args"]))
+    return {picture: {f"{name}, {len(group)} seed{'s' if len(group) > 1 else ''}":
+                      [result["log"] for result in group]
+                      for name, group in group_by(runs, lambda result: (
+                          f"{label(result)}, {result['args']['skip']} skip")).items()}
+            for picture, runs in pictures.items()}
 
 
-def curves(runs):
-    """The pictures that main draws, shown in the page, each under its title."""
-    return "\n\n".join(f"{data}, {split} split, {model}:\n\n"
-                       f"![loss and validation IoU](curves-{data}-{split}-{model}.png)"
-                       for data, split, model in mean_logs(runs))
+def curves(results):
+    """The pictures that main draws, shown in the page."""
+    return "\n\n".join(f"![loss and validation IoU, {picture}]({picture})"
+                       for picture in training_curves(results))
 
 
-def commands(runs):
+def commands(results):
     """Every run: the command that repeats it, what it ran on, and its scores."""
     rows = []
-    for result in runs:
-        (iou, f1), processes = result["per_tile"].values(), result["processes"]
+    for result in results:
+        args, processes = result["args"], result["processes"]
         start = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
-        rows.append([f"`{start} train.py {flags(result)}`",
-                     f"{100 * iou:.2f}, {100 * f1:.2f}",
-                     ", ".join(f"{100 * value:.2f}" for value in result["global"].values()),
+        names = " ".join(f"--{name} {args[name]}"
+                         for name in ("model", "skip", "data", "split", "seed"))
+        rows.append([f"`{start} train.py {names} {flags(result)}".strip() + "`",
+                     ", ".join(map(percent, result["per_tile"].values())),
+                     ", ".join(map(percent, result["global"].values())),
                      result["epoch"], f"{result['seconds'][-1] / 60:.1f} min",
-                     f"{result['device']}, torch {result['torch']}",
+                     result["recipe_version"], f"{result['device']}, torch {result['torch']}",
                      result["weights"]])
-    return markdown(["Command", "IoU, F1 per tile", "global", "Best epoch", "Training", "On",
-                     "Weights"], rows)
+    return markdown(["Command", "IoU, F1 per tile", "global", "Best epoch", "Training", "Recipe",
+                     "On", "Weights"], rows)
 
 
 TABLES = {
-    "parameters": lambda runs: f"```\n{table_1()}\n```",
-    "scores per tile": lambda runs: table_2(runs, "per_tile"),
-    "scores global": lambda runs: table_2(runs, "global"),
+    "parameters": table_1,
+    "scores per tile": lambda results: table_2(results, "per_tile"),
+    "scores global": lambda results: table_2(results, "global"),
     "skip differences": skip_differences,
     "time to the paper's score": time_to_paper,
     "curves": curves,
+    "recipes": lambda results: markdown(["Recipe", "What it is"], RECIPE_VERSIONS.items()),
     "commands": commands,
 }
+
+
+# -----------------------------------------------------------------------------
+# The command
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("scores", nargs="+", type=Path, help="scores.json of finished runs")
     parser.add_argument("--page", type=Path, default=Path("results/README.md"),
-                        help="Markdown file whose tables are replaced")
+                        help="Markdown file whose tables are replaced (default: results/README.md)")
     return parser.parse_args(argv)
 
 
 def main(args):
-    runs = []
-    for path in args.scores:
-        try:
-            runs.append(json.loads(path.read_text(encoding="utf-8")))
-            runs[-1]["args"], runs[-1]["seconds"]
-        except (ValueError, LookupError, TypeError):
-            raise ValueError(f"{path}: not the scores.json of a run: train.py writes one at the "
-                             "end of a run") from None
+    """Draw the curves, then write the page; ValueError if a file or the page cannot be used."""
+    results = [read_scores(path) for path in args.scores]
 
     def table(match):
         if match[1] not in TABLES:
             raise ValueError(f"{args.page}: has no table called {match[1]!r} to fill; there are "
                              f"{', '.join(TABLES)}")
-        return f"<!-- {match[1]} -->\n{TABLES[match[1]](runs)}\n<!-- end -->"
+        if "<!-- " in match[2]:  # words would be lost
+            raise ValueError(f"{args.page}: the table {match[1]!r} lacks its <!-- end -->: add it")
+        return f"<!-- {match[1]} -->\n{TABLES[match[1]](results)}\n<!-- end -->"
 
-    words = args.page.read_text(encoding="utf-8")
-    replace(args.page, re.sub(r"<!-- (.+?) -->\n.*?<!-- end -->", table, words, flags=re.S))
-    for (data, split, model), logs in mean_logs(runs).items():
-        draw_curves(logs, args.page.with_name(f"curves-{data}-{split}-{model}.png"))
-    print(f"{args.page} and its curves: {len(runs)} runs")
+    if args.page.exists():
+        words = args.page.read_text(encoding="utf-8")
+    else:
+        words = "# Runs\n" + "".join(f"\n## {name[0].upper()}{name[1:]}\n\n<!-- {name} -->\n"
+                                     "<!-- end -->\n" for name in TABLES)
+    page = re.sub(r"<!-- (.+?) -->\n(.*?)<!-- end -->", table, words, flags=re.S)
+    for picture, runs in training_curves(results).items():
+        with write_atomic(args.page.with_name(picture)) as file:
+            draw_curves(runs).save(file)
+    with write_atomic(args.page) as file:
+        file.write(page.encode())
+    print(f"{args.page} and its curves: {len(results)} runs")
 
 
 if __name__ == "__main__":
-    run(main, parse_args())
+    run_cli(main, parse_args)

@@ -1,6 +1,6 @@
 """Train the paper's networks (paper 3.2): U-Net or Swin-UNet with one of three skip connections.
 
-    python train.py                                               # synthetic data, two minutes, CPU
+    python train.py                                               # synthetic data, minutes, CPU
     python train.py --model unet --skip conv --data monuseg       # the paper's run
     python train.py --model unet --skip conv --data monuseg --resume
     torchrun --nproc-per-node 8 train.py --model unet --skip conv --data monuseg
@@ -10,42 +10,25 @@ resume from) and, at the end, scores.json of the test tiles.
 """
 
 import argparse
-import hashlib
-import io
 import json
-import os
 import time
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from data import (CLASSES, augment, draw_augmentation, fingerprint, live, load, normalize, positive,
-                  read_tiles, replace, run, split_tiles, to_batch)
-from eval import draw_curves, evaluate, score, table
-from losses import loss_for
-from models import (MODELS, SKIPS, autocast, build_model, create_model, describe, load_checkpoint,
-                    load_encoder, pick_device)
-
-# The paper's recipes (3.2). It writes the rates "10e-3" and "10e-5" and means 1e-3 and 1e-5. The
-# synthetic set's recipe is ours, sized for a laptop.
-RECIPES = {
-    #              epochs       batch            learning rates                       U-Net's width
-    "synthetic": {"epochs": 8, "batch_size": 2, "unet": 1e-3, "swin_unet": 1e-4, "width": 16},
-    "monuseg": {"epochs": 50, "batch_size": 8, "unet": 1e-3, "swin_unet": 1e-3, "width": 64},
-    "bcss": {"epochs": 10, "batch_size": 50, "unet": 1e-3, "swin_unet": 1e-5, "width": 64},
-    "bcss512": {"epochs": 10, "batch_size": 50, "unet": 1e-3, "swin_unet": 1e-5, "width": 64},
-}
-
-# Raised whenever the same flags train differently. Runs of other versions share no mean.
-# 1: the first. 2: brightness of each colour by itself, up to 30 %. 3: one factor a tile again, up
-# to 20 %, as in 1, and networks of one seed share the weights that they have in common.
-RECIPE_VERSION = 3
-
-RECIPE = ("model", "skip", "data", "split", "seed", "epochs", "batch_size", "lr", "width",
-          "ignore_index")
+from data import fingerprint, load, normalize, split_tiles, train_batches
+from eval import compute_metrics, evaluate, metrics_table
+from losses import RECIPE_VERSION, RECIPES, loss_for, recipe_for, recipe_overrides
+from models import MODELS, SKIPS, build_model, create_model, load_encoder
+from plots import draw_curves
+from report import read_scores
+from utils import (ARGS, CHECKPOINT, autocast, device_name, load_checkpoint, lock_folder, number,
+                   on_rank_0, pick_device, print_progress, run_cli, save_checkpoint,
+                   setup_processes, write_atomic)
 
 
 def parse_args(argv=None):
@@ -60,12 +43,15 @@ def parse_args(argv=None):
     parser.add_argument("--split", choices=("tile", "image", "official"), default="tile",
                         help="what is drawn for testing: tiles as in the paper (default), whole "
                              "images, or the official test set")
-    parser.add_argument("--seed", type=int, default=0, help="of all chance but the split's")
+    parser.add_argument("--seed", type=number(int, above=-1, most=2**63 - 1), default=0,
+                        help="of all chance but the split's (default: 0)")
     # The recipe
-    parser.add_argument("--epochs", type=positive(int), help="passes over the training tiles")
-    parser.add_argument("--batch-size", type=positive(int), help="tiles per step")
-    parser.add_argument("--lr", type=positive(float), help="Adam's learning rate")
-    parser.add_argument("--width", type=positive(int), help="channels of the U-Net's first level")
+    parser.add_argument("--epochs", type=number(int, most=10**6), help="passes over the training "
+                        "tiles")
+    parser.add_argument("--batch-size", type=number(int), help="tiles per step")
+    parser.add_argument("--lr", type=number(float), help="Adam's learning rate")
+    parser.add_argument("--width", type=number(int, most=1024),
+                        help="channels of the U-Net's first level")
     parser.add_argument("--ignore-index", type=int, nargs="+", default=[], metavar="LABEL",
                         help="labels left out of loss and scores (default: none, as the paper)")
     parser.add_argument("--weights", type=Path, help="file for Swin-UNet's encoder: Microsoft's, "
@@ -77,27 +63,34 @@ def parse_args(argv=None):
     parser.add_argument("--checkpointing", action="store_true",
                         help="recompute the U-Net's largest maps: half the memory, more time")
     # Where
-    parser.add_argument("--out", type=Path, help="run folder (default: runs/DATA-MODEL-SKIP-seedK)")
-    parser.add_argument("--resume", action="store_true", help="go on from the run folder's last.pt")
-    parser.add_argument("--save-every", type=positive(float), default=5, metavar="MINUTES",
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/DATA-MODEL-SKIP, what "
+                        "differs from the recipe, and the seed)")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on from the run folder's last.pt; start if there is none")
+    parser.add_argument("--save-every", type=number(float), default=5, metavar="MINUTES",
                         help="also save within an epoch, so often (default: 5)")
-    parser.add_argument("--data-root", default="data", help="folder of the prepared data")
+    parser.add_argument("--data-root", default="data", help="folder of the prepared data "
+                        "(default: data)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     args = parser.parse_args(argv)
-    recipe = RECIPES[args.data]
-    args.epochs = args.epochs or recipe["epochs"]
-    args.batch_size = args.batch_size or recipe["batch_size"]
-    args.lr = args.lr or recipe[args.model]
-    if args.width and args.model != "unet":
+    pretrained = MODELS[args.model].pretrained
+    if args.width and pretrained:
         parser.error("--width is the U-Net's: Swin-UNet's widths are fixed")
-    num_classes = len(CLASSES[args.data])
-    if any(num_classes == 1 or not 0 <= label < num_classes for label in args.ignore_index):
-        parser.error(f"--ignore-index {args.ignore_index}: {args.data} has no such label to ignore")
-    if args.model == "unet" and (args.weights or args.no_pretrained):
+    if (args.weights or args.no_pretrained) and not pretrained:
         parser.error("--weights and --no-pretrained are Swin-UNet's: the U-Net starts from scratch")
-    args.width = args.width or recipe["width"]
-    args.out = args.out or Path("runs", f"{args.data}-{args.model}-{args.skip}-seed{args.seed}")
+    for name, value in recipe_for(args.data, args.model).items():
+        setattr(args, name, getattr(args, name) or value)
+    args.out = args.out or default_folder(args)
     return args
+
+
+def default_folder(args):
+    """runs/DATA-MODEL-SKIP-seedK, and before the seed whatever is not the paper's."""
+    changed = [] if args.split == "tile" else [args.split]
+    changed += [f"{name.replace('_', '')}{value}".replace(" ", "-")
+                for name, value in recipe_overrides(vars(args)).items()]
+    changed += ["scratch"] if args.no_pretrained else []
+    return Path("runs", "-".join([args.data, args.model, args.skip, *changed, f"seed{args.seed}"]))
 
 
 def main(args):
@@ -105,231 +98,273 @@ def main(args):
 
     Raises ValueError or OSError for what the user can mend; last.pt then holds the last good state.
     """
-    # Where: alone, or as one of torchrun's processes, of which rank 0 prints and writes.
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(args.device)
-    if world > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group()
+    device, rank, world_size = setup_processes(pick_device(args.device))
+    tiles, parts = open_data(args, device, world_size)
+    raw_model, optimizer, scaler = build_training(args, len(tiles.classes), device)
+    loss_fn = loss_for(len(tiles.classes), args.ignore_index)
+    num_steps = len(parts["train"]) // args.batch_size  # in an epoch
+    memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
-    # Data: a set that fits goes to the GPU once, any other is read from the memory map as needed.
-    images, masks, rows = load(args.data, args.data_root)
-    parts = split_tiles(args.data, rows, args.split)
-    num_classes, num_steps = len(CLASSES[args.data]), len(parts["train"]) // args.batch_size
-    if num_steps == 0 or args.batch_size % world:
+    # Start, or go on from last.pt. `run` is what a checkpoint holds beside weights and optimizer.
+    run = {"args": {name: getattr(args, name) for name in ARGS}, "num_classes": len(tiles.classes),
+           "recipe_version": RECIPE_VERSION, "split": fingerprint(tiles.rows, parts),
+           "data_root": args.data_root, "weights": "from scratch", "step": 0,
+           "losses": torch.zeros(num_steps), "log": [], "seconds": [], "elapsed": 0.0}
+    on_rank_0(open_folder, args)
+    run |= resume(args, run, raw_model, optimizer, scaler)
+    log, losses, total = run["log"], run["losses"].to(device), args.epochs * num_steps
+    if run["step"] == total and on_rank_0((args.out / "scores.json").exists):
+        print(f"{args.out} is finished, its scores are in scores.json; more --epochs train further")
+        return on_rank_0(read_scores, args.out / "scores.json")["per_tile"]["iou"]
+    model = wrap(raw_model, args.compile, device, world_size)
+    print(f"{args.model}, {args.skip} skip, {sum(p.numel() for p in raw_model.parameters()):,} "
+          f"parameters, {run['weights']}, on {device.type}")
+    sizes = ", ".join(f"{len(indices)} {part}" for part, indices in parts.items())
+    print(f"{args.data}: {sizes} tiles; writing {args.out}")
+
+    def save(name, **more):
+        if rank == 0:
+            run["losses"], run["elapsed"] = losses.cpu(), time.time() - clock
+            save_checkpoint(args.out / name, run | {"model": raw_model.state_dict()} | more)
+
+    def save_last():
+        check_weights(raw_model, epoch + 1, args.out)
+        save("last.pt", optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+
+    start = saved = shown = time.time()
+    first, clock = run["step"], start - run["elapsed"]
+    if rank == 0 and log and first % num_steps == 0:
+        finish_epoch(args.out, log, save)  # a kill may have come between an epoch's writes
+    batches = train_batches(tiles, parts["train"], args.batch_size, args.seed, first, total, device,
+                            rank, world_size)
+    model.train()
+    for step, (images, masks) in enumerate(batches, first):
+        # Forward, backward, step. The scaler does nothing except for float16.
+        epoch, place = divmod(step, num_steps)
+        with autocast(device):
+            logits = model(normalize(images).contiguous(memory_format=memory_format))
+        loss = loss_fn(logits, masks).sum() / (args.batch_size / world_size)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses[place] = loss.detach() / world_size
+        if world_size > 1:
+            dist.all_reduce(losses[place])
+        run["step"], now, last_of_epoch = step + 1, time.time(), place == num_steps - 1
+
+        # Once a second say how far we are: asking for the loss halts a GPU's queue. Save sometimes.
+        speed = args.batch_size * (run["step"] - first) / (now - start)
+        eta = timedelta(seconds=round((total - run["step"]) * args.batch_size / speed))
+        if now - shown > 1 or last_of_epoch:
+            shown = now
+            check_finite(losses[:place + 1], epoch + 1, "step", args.out)
+            print_progress(f"epoch {epoch + 1}/{args.epochs} step {place + 1}/{num_steps}: loss "
+                           f"{losses[place].item():.4f}, {speed:.1f} images/s, {eta} left")
+        if now - saved > 60 * args.save_every and not last_of_epoch:
+            check_finite(losses[:place + 1], epoch + 1, "step", args.out)
+            save_last()
+            saved = now
+        if not last_of_epoch:
+            continue
+
+        # Validate, and write all that it takes to go on, the log, and the best epoch's weights.
+        row = validate(args, epoch + 1, raw_model, tiles, parts["val"], loss_fn, device, rank,
+                       world_size)
+        log.append({"epoch": epoch + 1, "train_loss": losses.mean().item(), **row})
+        run["seconds"].append(time.time() - clock)
+        save_last()
+        saved = time.time()
+        if rank == 0:
+            finish_epoch(args.out, log, save)
+        print_progress(f"epoch {epoch + 1}/{args.epochs}: train loss {log[-1]['train_loss']:.4f}, "
+                       f"val loss {log[-1]['val_loss']:.4f}, val IoU "
+                       f"{100 * log[-1]['val_iou_per_tile']:.2f} F1 "
+                       f"{100 * log[-1]['val_f1_per_tile']:.2f} per tile, {speed:.1f} images/s, "
+                       f"{eta} left\n")
+        model.train()
+
+    # Test the best epoch, once.
+    metrics = test(args, run, tiles, parts["test"], loss_fn, device, rank, world_size)
+    if world_size > 1:
+        dist.destroy_process_group()
+    return metrics["per_tile"]["iou"]
+
+
+def open_data(args, device, world_size):
+    """The tiles and the split that the flags ask for; ValueError for flags that do not fit them."""
+    tiles = load(args.data, args.data_root)
+    parts = split_tiles(args.data, tiles.rows, args.split)
+    if not world_size <= args.batch_size <= len(parts["train"]):
         raise ValueError(f"--batch-size {args.batch_size}: give at most the {len(parts['train'])} "
-                         f"training tiles, and a multiple of the {world} processes")
-    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 4:
-        images, masks = images.to(device), masks.to(device)
+                         f"training tiles, and no fewer than there are processes, {world_size}")
+    num_classes = len(tiles.classes)
+    if any(num_classes == 1 or not 0 <= label < num_classes for label in args.ignore_index):
+        raise ValueError(f"--ignore-index {' '.join(map(str, args.ignore_index))}: {args.data} has "
+                         "no such label to ignore")
+    # A set that fits goes to the GPU once, any other is read from the memory map as needed.
+    if device.type == "cuda" and tiles.images.nbytes < torch.cuda.mem_get_info()[0] / 4:
+        tiles = replace(tiles, images=tiles.images.to(device), masks=tiles.masks.to(device))
+    return tiles, parts
 
-    # Model, loss, optimiser. Fused Adam is the same arithmetic in fewer passes over memory.
+
+def build_training(args, num_classes, device):
+    """The network with its initial weights, Adam, and the scaler that float16 needs."""
     torch.manual_seed(args.seed)
     model = create_model(args.model, args.skip, num_classes, args.width, args.checkpointing)
-    memory_format = torch.contiguous_format
     if device.type == "cuda":  # what tensor cores like; on a CPU all of this is slower
-        memory_format = torch.channels_last
+        model.to(memory_format=torch.channels_last)
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-    model.to(device, memory_format=memory_format)
-    loss_fn = loss_for(num_classes, args.ignore_index)
+    model.to(device)
+    # Fused Adam is the same arithmetic in fewer passes over memory.
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and
                                   autocast(device).fast_dtype == torch.float16)
-    trained = model, optimizer, scaler
+    return model, optimizer, scaler
 
-    # Start, or go on from last.pt. `state` is what a checkpoint holds beside tensors.
-    best, last = args.out / "best.pt", args.out / "last.pt"
-    state = {"args": {name: getattr(args, name) for name in RECIPE}, "num_classes": num_classes,
-             "recipe_version": RECIPE_VERSION,
-             "split": fingerprint(rows, parts), "weights": "from scratch", "epoch": 0, "step": 0,
-             "losses": [], "log": [], "seconds": []}  # of training, after each epoch
-    if args.resume:
-        state = resume(last, state, *trained)
-    elif last.exists() or best.exists() or (args.out / "log.csv").exists():
+
+def open_folder(args):
+    """Create the run's folder and lock it; ValueError if it holds a run that is not to go on."""
+    there = [name for name in ("last.pt", "best.pt", "log.csv") if (args.out / name).exists()]
+    if there and not args.resume:
         raise ValueError(f"{args.out} holds a run already: go on with it by --resume, or name "
                          "another folder with --out")
-    elif args.model == "swin_unet" and not args.no_pretrained:
-        state["weights"] = load_encoder(model.encoder, args.weights)
-    network = model
-    if world > 1:
-        dist.barrier()  # every process has looked for last.pt
-        if device.type == "cuda":  # statistics of the whole batch, as one process has them
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        network = nn.parallel.DistributedDataParallel(model)
-    if args.compile:
-        network = torch.compile(network)
-    if rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        save(last, state, *trained)
-        sizes = ", ".join(f"{len(indices)} {part}" for part, indices in parts.items())
-        print(f"{args.model}, {args.skip} skip, {sum(p.numel() for p in model.parameters()):,} "
-              f"parameters, {state['weights']}, on {device.type}")
-        print(f"{args.data}: {sizes} tiles; writing {args.out}")
-
-    log, losses = state["log"], torch.zeros(num_steps, device=device)
-    losses[:state["step"]] = torch.tensor(state["losses"])
-    steps_done, steps_left = 0, (args.epochs - state["epoch"]) * num_steps - state["step"]
-    start = saved = shown = time.time()
-    begun = start - (state["seconds"][-1] if state["seconds"] else 0)
-    del state["seconds"][state["epoch"]:]  # the time until a save within an epoch
-    reader = ThreadPoolExecutor(1)
-    for epoch in range(state["epoch"] + 1, args.epochs + 1):
-        # Train one epoch: the training tiles in an order of its own, without an incomplete batch.
-        model.train()
-        order = parts["train"][torch.randperm(len(parts["train"]),
-                                              generator=generator(args.seed, epoch))]
-
-        def fetch(step):  # a batch, or this process's share of it
-            indices = order[step * args.batch_size:(step + 1) * args.batch_size]
-            return read_tiles(images, masks, indices[rank::world], device)
-
-        upcoming = reader.submit(fetch, state["step"])
-        for step in range(state["step"], num_steps):
-            # Take the batch that was read meanwhile, and warp it. Chance depends on where in the
-            # run we are and on nothing else, so that resuming needs no state of generators.
-            batch, labels = to_batch(upcoming.result(), device)
-            upcoming = reader.submit(fetch, step + 1) if step + 1 < num_steps else None
-            chance = generator(args.seed, epoch, step)
-            draws = draw_augmentation(args.batch_size, chance)
-            batch, labels = augment(batch, labels, {k: v[rank::world] for k, v in draws.items()})
-            torch.manual_seed(chance.initial_seed() + rank)  # for Swin's stochastic depth
-
-            # Forward, backward, step. The scaler does nothing except for float16.
-            with autocast(device):
-                logits = network(normalize(batch).contiguous(memory_format=memory_format))
-            loss = loss_fn(logits, labels).mean()
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            losses[step] = loss.detach() / world
-            if world > 1:
-                dist.all_reduce(losses[step])
-
-            # Once a second: is the loss a number, and how far are we. (Asking halts a GPU's queue.)
-            steps_done, steps_left, now = steps_done + 1, steps_left - 1, time.time()
-            if now - shown > 1 or step == num_steps - 1:
-                shown = now
-                check_finite(losses[:step + 1], f"epoch {epoch}, step", last)
-                speed = steps_done * args.batch_size / (now - start)
-                left = time.strftime("%H:%M:%S", time.gmtime(steps_left * args.batch_size / speed))
-                if rank == 0:
-                    live(f"epoch {epoch}/{args.epochs} step {step + 1}/{num_steps}: loss "
-                         f"{losses[step].item():.4f}, {speed:.1f} images/s, {left} left")
-            if rank == 0 and now - saved > 60 * args.save_every and step < num_steps - 1:
-                check_finite(losses[:step + 1], f"epoch {epoch}, step", last)
-                save(last, state | {"step": step + 1, "losses": losses[:step + 1].tolist(),
-                                    "seconds": state["seconds"] + [now - begun]}, *trained)
-                saved = now
-
-        # Validate, then write the log, the best epoch's weights, and all that it takes to go on.
-        for buffer in model.buffers() if world > 1 else ():
-            dist.broadcast(buffer, 0)  # on CPUs each process has its own BatchNorm statistics
-        confusions, val_losses = evaluate(model, images, masks, parts["val"], loss_fn, device,
-                                          args.batch_size, rank, world)
-        check_finite(val_losses, f"epoch {epoch}, validation tile", last)
-        scores = score(confusions, args.ignore_index)
-        log.append({"epoch": epoch, "train_loss": losses.mean().item(),
-                    "val_loss": val_losses.mean().item(),
-                    **{f"val_{name}_{average}": scores[average][name] or 0.0
-                       for average in ("per_tile", "global") for name in ("iou", "f1")}})
-        state["seconds"].append(time.time() - begun)
-        state |= {"epoch": epoch, "step": 0, "losses": []}
-        if rank == 0:
-            live(f"epoch {epoch}/{args.epochs}: train loss {log[-1]['train_loss']:.4f}, val loss "
-                 f"{log[-1]['val_loss']:.4f}, val IoU {100 * log[-1]['val_iou_per_tile']:.2f} F1 "
-                 f"{100 * log[-1]['val_f1_per_tile']:.2f} per tile, {speed:.1f} images/s, "
-                 f"{left} left\n")
-            if log[-1]["val_iou_per_tile"] == max(row["val_iou_per_tile"] for row in log):
-                save(best, state, model)
-            write_log(log, args.out)
-            save(last, state, *trained)
-            saved = time.time()
-
-    # Test the best epoch, once.
-    if world > 1:
-        dist.barrier()  # best.pt is there
-    checkpoint = load_checkpoint(best)
-    model = build_model(checkpoint, best).to(device)
-    confusions, _ = evaluate(model, images, masks, parts["test"], loss_fn, device, args.batch_size,
-                             rank, world)
-    scores = score(confusions, args.ignore_index)
-    if rank == 0:
-        print(f"test, {len(parts['test'])} tiles, weights of epoch {checkpoint['epoch']}, percent")
-        print(table(scores, CLASSES[args.data]))
-        run_facts = {name: state[name] for name in ("args", "recipe_version", "weights", "log",
-                                                     "seconds")} | {
-            "epoch": checkpoint["epoch"], "images": [rows[i][0] for i in parts["test"]],
-            "torch": torch.__version__, "device": describe(device), "processes": world}
-        replace(args.out / "scores.json", json.dumps(run_facts | scores, indent=1))
-        print(f"in {args.out}: best.pt, last.pt, log.csv, curves.png, scores.json")
-    if world > 1:
-        dist.destroy_process_group()
-    return scores["per_tile"]["iou"]
+    if there and "last.pt" not in there:
+        raise ValueError(f"{args.out} holds a {there[0]} without the last.pt to go on from: name "
+                         "another folder with --out")
+    args.lock = lock_folder(args.out)  # until `args` is gone
 
 
-def generator(*numbers):
-    """A random generator for, say, (seed, epoch, step): what it yields depends on these alone."""
-    digest = hashlib.sha256(repr(numbers).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 2)
+def resume(args, run, model, optimizer, scaler):
+    """Load last.pt into model, optimizer and scaler -> what replaces the entries of `run`.
+
+    Where there is none the run starts: a pretrained network then loads its encoder's weights.
+    """
+    checkpoint = on_rank_0(read_last, args.out / "last.pt", run, model)
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(optimizer.state_dict() | {
+            "state": checkpoint["optimizer"]["state"]})
+        if checkpoint["scaler"]:  # empty if it was not float16
+            scaler.load_state_dict(checkpoint["scaler"])
+        return {name: checkpoint[name] for name in run if name != "args"}
+    if MODELS[args.model].pretrained and not args.no_pretrained:
+        return {"weights": on_rank_0(load_encoder, model.encoder, args.weights)}
+    return {}
 
 
-def check_finite(losses, place, last):
-    """ValueError if one of the losses is not a number: saving now would ruin the checkpoint."""
-    bad = (~losses.isfinite()).nonzero()
-    if len(bad):
-        first = bad[0, 0].item()
-        raise ValueError(f"the loss is {losses[first].item()} in {place} {first + 1}: try a "
-                         f"smaller --lr in another --out; {last} holds the last good state")
+def read_last(path, run, model):
+    """Read a last.pt and check that it is of this very run -> checkpoint, None if there is none.
 
-
-def save(path, state, model, optimizer=None, scaler=None):
-    """Write a checkpoint, weights or all that --resume needs; there is a whole one at any time."""
-    tensors = {"model": model.state_dict()}
-    if optimizer:
-        tensors |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    buffer = io.BytesIO()
-    torch.save(state | tensors, buffer)
-    replace(path, buffer.getbuffer())
-
-
-def resume(path, state, model, optimizer, scaler):
-    """Load a checkpoint into model, optimizer and scaler, and return its state.
-
-    Raises ValueError if this command's recipe, in `state`, contradicts the checkpoint's.
+    Raises ValueError if it is of another recipe, other data or another network.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no run to go on with: start it without --resume")
-    checkpoint = load_checkpoint(path)
-    missing = [name for name in (*state, "optimizer", "scaler") if name not in checkpoint]
-    if missing:
-        raise ValueError(f"{path}: holds no {missing[0]}, nothing to go on with: a best.pt, or of "
-                         "an older version? Start anew, in another --out")
-    for name, value in state["args"].items():
-        if checkpoint["args"].get(name) != value and name != "epochs":
+        return None
+    checkpoint = load_checkpoint(path, CHECKPOINT | {
+        "recipe_version": int, "step": int, "losses": torch.Tensor, "seconds": [float],
+        "elapsed": float, "optimizer": {"state": {int: dict}}, "scaler": dict})
+    for name, value in run["args"].items():
+        if checkpoint["args"][name] != value and name != "epochs":
             raise ValueError(f"--{name.replace('_', '-')} {value}: {path} was trained with "
-                             f"{checkpoint['args'].get(name)}; give the same, or another --out")
+                             f"{checkpoint['args'][name]}; give the same, or another --out")
+    epochs, num_steps = len(checkpoint["log"]), len(run["losses"])
     if checkpoint["recipe_version"] != RECIPE_VERSION:
         raise ValueError(f"{path}: was trained by version {checkpoint['recipe_version']} of the "
                          f"recipe, and this is version {RECIPE_VERSION}: start anew, in another "
                          "--out")
-    if checkpoint["split"] != state["split"]:
+    if checkpoint["split"] != run["split"]:
         raise ValueError(f"{path}: was trained on other tiles: prepare the same images again")
+    if run["args"]["epochs"] * num_steps < checkpoint["step"]:
+        raise ValueError(f"--epochs {run['args']['epochs']}: {path} has trained longer, "
+                         f"{checkpoint['step'] / num_steps:.1f} epochs")
     build_model(checkpoint, path)
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    scaler.load_state_dict(checkpoint["scaler"])
-    return {name: checkpoint[name] for name in state} | {"args": state["args"]}
+    parameters, moments = list(model.parameters()), checkpoint["optimizer"]["state"]
+    sound = (checkpoint["step"] // num_steps == epochs == len(checkpoint["seconds"])
+             and checkpoint["losses"].shape == run["losses"].shape
+             and [*moments] in ([], [*range(len(parameters))])
+             and all(isinstance(moment.get(name), torch.Tensor) and moment[name].shape == shape
+                     for parameter, moment in zip(parameters, moments.values())
+                     for name, shape in (("step", ()), ("exp_avg", parameter.shape),
+                                         ("exp_avg_sq", parameter.shape))))
+    if not sound:
+        raise ValueError(f"{path}: its parts do not fit each other: it is damaged; start anew, in "
+                         "another --out")
+    return checkpoint
 
 
-def write_log(log, folder):
-    """Write log.csv and draw curves.png."""
+def wrap(model, compiled, device, world_size):
+    """The network as it is trained: on several processes, and compiled, or neither."""
+    if world_size > 1:
+        if device.type == "cuda":  # statistics of the whole batch, as one process has them
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = nn.parallel.DistributedDataParallel(model)
+    return torch.compile(model) if compiled else model
+
+
+def validate(args, epoch, model, tiles, indices, loss_fn, device, rank, world_size):
+    """Score the validation tiles -> a row of the log."""
+    for buffer in model.buffers() if world_size > 1 else ():
+        dist.broadcast(buffer, 0)  # on CPUs each process has its own BatchNorm statistics
+    confusions, losses = evaluate(model, tiles, indices, loss_fn, device, args.batch_size, rank,
+                                  world_size)
+    check_finite(losses, epoch, "validation tile", args.out)
+    metrics = compute_metrics(confusions, args.ignore_index)
+    return {"val_loss": losses.mean().item(),
+            **{f"val_{name}_{average}": metrics[average][name] or 0.0
+               for average in ("per_tile", "global") for name in ("iou", "f1")}}
+
+
+def check_finite(losses, epoch, what, out):
+    """ValueError if a loss of this epoch's steps or tiles, `what`, is not a number."""
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad):
+        first = bad[0, 0].item()
+        raise ValueError(f"the loss is {losses[first].item()} in epoch {epoch}, {what} "
+                         f"{first + 1}: {LOWER_RATE.format(out / 'last.pt')}")
+
+
+def check_weights(model, epoch, out):
+    """ValueError if a weight is not a number: saving now would ruin the checkpoint."""
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise ValueError(f"weights are infinite in epoch {epoch}: "
+                         f"{LOWER_RATE.format(out / 'last.pt')}")
+
+
+LOWER_RATE = "try a smaller --lr in another --out; {} holds the last good state, if it is there"
+
+
+def finish_epoch(folder, log, save):
+    """Write log.csv, curves.png and, if the last epoch is the best one so far, best.pt."""
     lines = [",".join(log[0])] + [",".join(map(repr, row.values())) for row in log]
-    replace(folder / "log.csv", "\n".join(lines) + "\n")
-    draw_curves({folder.name: log}, folder / "curves.png")
+    with write_atomic(folder / "log.csv") as file:
+        file.write(("\n".join(lines) + "\n").encode())
+    with write_atomic(folder / "curves.png") as file:
+        draw_curves({folder.name: [log]}).save(file)
+    if log[-1]["val_iou_per_tile"] == max(row["val_iou_per_tile"] for row in log):
+        save("best.pt")
+
+
+def test(args, run, tiles, indices, loss_fn, device, rank, world_size):
+    """Score the test tiles with the best epoch's weights; print and write scores -> metrics."""
+    checkpoint = on_rank_0(load_checkpoint, args.out / "best.pt")
+    model = build_model(checkpoint, args.out / "best.pt").to(device)
+    confusions, _ = evaluate(model, tiles, indices, loss_fn, device, args.batch_size, rank,
+                             world_size)
+    metrics = compute_metrics(confusions, args.ignore_index)
+    print_progress(f"test, {len(indices)} tiles, weights of epoch {len(checkpoint['log'])}, "
+                   "percent\n")
+    print(metrics_table(metrics, tiles.classes))
+    if rank == 0:
+        names = "args", "recipe_version", "weights", "log", "seconds"
+        facts = {name: run[name] for name in names} | {
+            "epoch": len(checkpoint["log"]), "images": [tiles.rows[i][0] for i in indices],
+            "torch": torch.__version__, "device": device_name(device), "processes": world_size}
+        with write_atomic(args.out / "scores.json") as file:
+            file.write(json.dumps(facts | metrics, indent=1).encode())
+    print(f"in {args.out}: best.pt, last.pt, log.csv, curves.png, scores.json")
+    return metrics
 
 
 if __name__ == "__main__":
-    run(main, parse_args(), "the same command with --resume goes on from the last save")
+    run_cli(main, parse_args, "the same command with --resume goes on from the last save")

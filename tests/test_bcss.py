@@ -1,10 +1,15 @@
-"""data.py with BCSS and BCSS512: layouts, labels, splits, streaming, and the way to a score."""
+"""data.py with BCSS and BCSS512: layouts, labels, splits, and the way to a score.
+
+A BCSS tile is quickly written: what it takes to prepare many files is tested here, too.
+"""
 
 import itertools
 import json
+import os
 import resource
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -13,21 +18,23 @@ from PIL import Image
 
 import data
 import train
-from conftest import ROOT
+from conftest import ROOT, refused
 
 SIZE = {"bcss": 224, "bcss512": 512}
 
 
-def write_tile(folder, part, suffix, name, size, label=1, seed=0):
-    """One image and its mask, of two labels side by side, in the archive's layout."""
-    rng = np.random.default_rng(seed)
-    mask = np.full((size, size), label, np.uint8)
-    mask[:, :size // 2] = 0
-    for kind, array in ("", rng.integers(0, 255, (size, size, 3), np.uint8)), ("_mask", mask):
+def noise(size, seed=0):
+    return np.random.default_rng(seed).integers(0, 255, (size, size, 3), np.uint8)
+
+
+def write_tile(folder, part, suffix, name, image, label=1):
+    """One image, given as an array, and its mask, 0 on the left, in the archive's layout."""
+    mask = np.full(image.shape[:2], label, np.uint8)
+    mask[:, :len(mask) // 2] = 0
+    for kind, array in ("", image), ("_mask", mask):
         place = folder / f"{part}{kind}{suffix}"
         place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(array).save(place / f"{name}.png", compress_level=0)
-    return folder / f"{part}_mask{suffix}" / f"{name}.png"
+        Image.fromarray(array).save(place / f"{name}.png", compress_level=1)
 
 
 def tile_name(region, number, size):
@@ -39,8 +46,16 @@ def write_set(folder, name, regions=3, per_region=4):
     size, suffix = SIZE[name], "_512" if name == "bcss512" else ""
     for region, number in itertools.product(range(regions), range(per_region)):
         part = "val" if region == regions - 1 else "train"
-        write_tile(folder, part, suffix, tile_name(region, number, size), size,
-                   label=1 + (region + number) % 2, seed=10 * region + number)
+        write_tile(folder, part, suffix, tile_name(region, number, size),
+                   noise(size, 10 * region + number), 1 + (region + number) % 2)
+    return folder
+
+
+def write_many(folder, n):
+    """A BCSS of n training tiles, each in a shade of its own, and one for validation."""
+    for i in range(n + 1):
+        shade = np.full((224, 224, 3), (i % 256, i // 256, 9), np.uint8)
+        write_tile(folder, "train" if i < n else "val", "", f"{i:03}", shade)
     return folder
 
 
@@ -54,7 +69,8 @@ def test_archive_becomes_tiles_with_their_labels(name, tmp_path):
     source = write_set(tmp_path / "raw" / "extra level", name)
     (source / "test").mkdir()  # the official test tiles come without masks
     Image.new("RGB", (224, 224)).save(source / "test" / "nobody-knows.png")
-    images, masks, rows = prepare(name, tmp_path / "raw", tmp_path)
+    tiles = prepare(name, tmp_path / "raw", tmp_path)
+    images, masks, rows = tiles.images, tiles.masks, tiles.rows
     assert images.shape == (12, 224, 224, 3) and masks.shape == (12, 224, 224)
     assert [row[3] for row in rows] == ["train"] * 8 + ["val"] * 4
     assert rows[1] == ("TCGA-A1-A0S0-DX1_xmin40_ymin250_MPP-0", 560, 0, "train")
@@ -66,17 +82,18 @@ def test_archive_becomes_tiles_with_their_labels(name, tmp_path):
     assert np.array_equal(images[1], expected)
 
 
-def test_both_sets_prepare_from_one_folder(tmp_path):
+def test_both_sets_prepare_from_one_folder_and_over_links(tmp_path):
     write_set(tmp_path / "raw" / "BCSS", "bcss")
-    write_set(tmp_path / "raw" / "BCSS_512" / "BCSS_512", "bcss512", regions=2)
-    assert len(prepare("bcss", tmp_path / "raw", tmp_path)[0]) == 12
-    assert len(prepare("bcss512", tmp_path / "raw", tmp_path)[0]) == 8
+    write_set(tmp_path / "far" / "BCSS_512", "bcss512", regions=2)
+    (tmp_path / "raw" / "BCSS_512").symlink_to(tmp_path / "far")
+    assert len(prepare("bcss", tmp_path / "raw", tmp_path).rows) == 12
+    assert len(prepare("bcss512", tmp_path / "raw", tmp_path).rows) == 8
 
 
 def test_real_tiles_prepare_and_train(shared, tmp_path):
-    _, masks, rows = prepare("bcss", shared / "bcss", tmp_path)
-    assert [row[3] for row in rows] == ["train", "train", "val", "val"]
-    assert set(masks.unique().tolist()) <= {0, 1, 2}
+    tiles = prepare("bcss", shared / "bcss", tmp_path)
+    assert [row[3] for row in tiles.rows] == ["train", "train", "val", "val"]
+    assert set(tiles.masks.unique().tolist()) <= {0, 1, 2}
     score = train.main(train.parse_args([
         "--data", "bcss", "--width", "2", "--epochs", "1", "--batch-size", "2", "--data-root",
         str(tmp_path), "--out", str(tmp_path / "run")]))
@@ -126,84 +143,149 @@ def test_a_split_without_test_tiles_is_refused():
 # Bad input: one line that names the file
 
 
-@pytest.mark.parametrize("array, complaint", [
-    (np.full((224, 224), 3, np.uint8), "holds the label 3, but the 3 classes are 0 to 2"),
-    (np.full((224, 224), 255, np.uint8), "holds the label 255"),
-    (np.zeros((224, 224, 3), np.uint8), "Pillow mode RGB, not L or P"),
-    (np.zeros((200, 224), np.uint8), "224 x 200 pixels, but .* has 224 x 224")])
-def test_unusable_masks_are_named(array, complaint, tmp_path):
-    write_set(tmp_path / "raw", "bcss")
-    path = tmp_path / "raw" / "train_mask" / (tile_name(1, 2, 224) + ".png")
-    Image.fromarray(array).save(path)
-    with pytest.raises(ValueError, match=f"{path.name}: {complaint}"):
+def save(path, *shape, value=0):
+    return lambda raw: Image.fromarray(np.full(shape, value, np.uint8)).save(raw / path)
+
+
+TILE = tile_name(1, 2, 224) + ".png"
+BAD_RAW = {  # what is wrong: (how to make it so, what the error says)
+    "label 3": (save(f"train_mask/{TILE}", 224, 224, value=3),
+                f"{TILE}: holds the label 3, but the 3 classes are 0 to 2"),
+    "label 255": (save(f"train_mask/{TILE}", 224, 224, value=255), f"{TILE}: holds the label 255"),
+    "RGB mask": (save(f"train_mask/{TILE}", 224, 224, 3), f"{TILE}: Pillow mode RGB, not L or P"),
+    "mask of another size": (save(f"train_mask/{TILE}", 200, 224),
+                             f"{TILE}: 224 x 200 pixels, but .* has 224 x 224"),
+    "tile of another size": (lambda raw: write_tile(raw, "val", "", "big", noise(512)),
+                             "big.png: 512 x 512 pixels, but tiles of this set are 224 x 224"),
+    "image without mask": (save("train/lonely.png", 224, 224, 3),
+                           "lonely.png: no mask or annotation of the same name"),
+    "mask without image": (save("val_mask/lonely.png", 224, 224),
+                           "lonely.png: no image of the same name"),
+    "no folder": (lambda raw: (raw / "train").rename(raw / "trian"), "raw: holds no folder train:"),
+    "two folders": (lambda raw: write_set(raw / "again", "bcss"), "has the same name: keep one"),
+}
+
+
+@pytest.mark.parametrize("change, message", BAD_RAW.values(), ids=BAD_RAW)
+def test_bad_raw_file_is_named(change, message, tmp_path):
+    change(write_set(tmp_path / "raw", "bcss"))
+    with pytest.raises(ValueError, match=message):
         prepare("bcss", tmp_path / "raw", tmp_path)
     assert not (tmp_path / "bcss").exists()
 
 
-def test_tiles_of_another_size_are_named(tmp_path):
-    write_tile(tmp_path / "raw", "train", "", "a", 512)
-    write_tile(tmp_path / "raw", "val", "", "b", 224)
-    with pytest.raises(ValueError, match="a.png: 512 x 512 pixels, but tiles of this set are 224"):
-        prepare("bcss", tmp_path / "raw", tmp_path)
-
-
-@pytest.mark.parametrize("folder, partner", [("train", "mask"), ("val_mask", "image")])
-def test_a_name_without_partner_is_named_on_either_side(folder, partner, tmp_path):
-    write_set(tmp_path / "raw", "bcss")
-    Image.new("L", (224, 224)).save(tmp_path / "raw" / folder / "lonely.png")
-    with pytest.raises(ValueError, match=f"lonely.png: no {partner}.* of the same name"):
-        prepare("bcss", tmp_path / "raw", tmp_path)
-
-
-def test_missing_folders_are_named(tmp_path):
-    (tmp_path / "raw").mkdir()
-    with pytest.raises(ValueError, match="holds no folder train_512"):
-        prepare("bcss512", tmp_path / "raw", tmp_path)
-
-
-def test_truncated_tile_is_named_what_was_done_stays_and_goes_on(tmp_path, monkeypatch):
-    source, size = tmp_path / "raw", 224
-    for number in range(300):  # more than are read at a time
-        write_tile(source, "train", "", tile_name(0, number, size), size, seed=number)
-    write_tile(source, "val", "", tile_name(1, 0, size), size)
-    bad = sorted((source / "train").iterdir())[280]
-    whole = bad.read_bytes()
-    bad.write_bytes(whole[:5000])
-    with pytest.raises(ValueError, match=f"{bad.name}: not a readable image"):
-        prepare("bcss", source, tmp_path)
-    bad.write_bytes(whole)
-    find, read = data.READERS["bcss"]
-    again = []
-    monkeypatch.setitem(data.READERS, "bcss",
-                        (find, lambda *paths: again.append(paths) or read(*paths)))
-    images, masks, _ = prepare("bcss", source, tmp_path)
-    assert len(again) == 301 - 256
-    assert torch.equal(images[0], data.load("bcss", tmp_path)[0][0])
-    fresh = prepare("bcss", source, tmp_path / "fresh")
-    assert torch.equal(images, fresh[0]) and torch.equal(masks, fresh[1])
-    assert sorted(path.name for path in (tmp_path / "bcss").iterdir()) == [
-        "images.npy", "masks.npy", "tiles.csv"]
-
-
-def test_full_disk_is_one_line_and_can_be_continued(tmp_path):
-    write_set(tmp_path / "raw", "bcss")
-
-    def small_files():  # what a full disk looks like to the program
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    command = [sys.executable, ROOT / "data.py", "prepare", "bcss", "--from", "raw", "--data-root",
-               "."]
-    result = subprocess.run(command, cwd=tmp_path, preexec_fn=small_files, text=True,
-                            capture_output=True)
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
-    assert "goes on where it was" in result.stderr and not (tmp_path / "bcss").exists()
-    assert len(prepare("bcss", tmp_path / "raw", tmp_path)[0]) == 12
+def test_postscript_named_png_is_refused_without_starting_ghostscript(tmp_path, script):
+    path = write_set(tmp_path / "raw", "bcss") / "train" / (tile_name(0, 0, 224) + ".png")
+    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 224 224\n%%EndComments\n")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\ntouch '{tmp_path}/started'\n")
+    (tmp_path / "bin" / "gs").chmod(0o755)
+    done = script("data.py", "prepare", "bcss", "--from", "raw",
+                  PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert done.returncode == 2 and f"{path.name}: not a readable image" in done.stderr
+    assert not (tmp_path / "started").exists()
 
 
 # -----------------------------------------------------------------------------
-# Ignored labels, colours, the confusion matrix
+# Preparing many files
 
 
-def test_ignored_labels_count_in_neither_training_nor_scores(tmp_path):
+def content(root):
+    return {path.name: path.read_bytes() for path in (root / "bcss").iterdir()}
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """A raw folder of 301 tiles, more than are read at a time; below `fresh` they are prepared."""
+    prepare("bcss", write_many(tmp_path / "raw", 300), tmp_path / "fresh")
+    return tmp_path / "raw"
+
+
+def test_truncated_tile_is_named_and_the_same_command_goes_on_once_it_is_mended(raw, tmp_path):
+    done, bad = raw / "train" / "000.png", raw / "train" / "280.png"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match="280.png: not a readable image"):
+        prepare("bcss", raw, tmp_path)
+    assert not (tmp_path / "bcss").exists()
+    bad.write_bytes(whole)
+    done.write_bytes(b"would be refused")  # but is not read again
+    prepare("bcss", raw, tmp_path)
+    assert content(tmp_path) == content(tmp_path / "fresh")
+
+
+def test_interrupted_preparation_goes_on(raw, tmp_path, monkeypatch):
+    def interrupted(image, mask):
+        if image.stem == "280":
+            raise KeyboardInterrupt
+        return read(image, mask)
+    find, read = data.READERS["bcss"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(data.READERS, "bcss", (find, interrupted))
+        prepare("bcss", raw, tmp_path)
+    (raw / "train" / "000.png").write_bytes(b"would be refused")
+    prepare("bcss", raw, tmp_path)
+    assert content(tmp_path) == content(tmp_path / "fresh")
+
+
+def test_work_on_another_list_of_files_is_not_continued(raw, tmp_path):
+    first, bad = raw / "train" / "000.png", raw / "train" / "280.png"
+    whole = first.read_bytes(), bad.read_bytes()
+    bad.write_bytes(b"")
+    with pytest.raises(ValueError, match="280.png"):
+        prepare("bcss", raw, tmp_path)
+    first.write_bytes(b"")
+    write_tile(raw, "val", "", "one more", noise(224))
+    with pytest.raises(ValueError, match="000.png"):  # from the start, since the list is another
+        prepare("bcss", raw, tmp_path)
+    first.write_bytes(whole[0]), bad.write_bytes(whole[1])
+    for part in "val", "val_mask":
+        (raw / part / "one more.png").unlink()
+    prepare("bcss", raw, tmp_path)
+    assert content(tmp_path) == content(tmp_path / "fresh")
+
+
+def test_memory_does_not_grow_with_the_number_of_tiles(tmp_path):
+    source = write_many(tmp_path / "raw", 1)
+    for part, i in itertools.product(("train", "train_mask"), range(1, 700)):
+        (source / part / f"{i:03}.png").hardlink_to(source / part / "000.png")
+    tracemalloc.start()
+    prepare("bcss", source, tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 350 * 224 * 224 * 4  # never half of the 701 tiles at a time
+
+
+def test_a_second_preparation_at_the_same_time_is_refused(tmp_path, monkeypatch, script):
+    def read_meanwhile(image, mask):
+        if image.parent.name == "val":
+            second.append(script("data.py", "prepare", "bcss", "--from", "raw", "--data-root", "."))
+        return read(image, mask)
+    second, (find, read) = [], data.READERS["bcss"]
+    monkeypatch.setitem(data.READERS, "bcss", (find, read_meanwhile))
+    assert len(prepare("bcss", write_many(tmp_path / "raw", 3), tmp_path).rows) == 4
+    assert second[0].returncode == 2 and len(second[0].stderr.splitlines()) == 1
+    assert "bcss.partial: another process is writing there" in second[0].stderr
+
+
+def test_full_disk_is_one_line_and_can_be_continued(tmp_path):
+    def small_files():  # what a full disk looks like to the program
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    write_set(tmp_path / "raw", "bcss")
+    command = [sys.executable, ROOT / "data.py", "prepare", "bcss", "--from", "raw", "--data-root",
+               "."]
+    done = subprocess.run(command, cwd=tmp_path, preexec_fn=small_files, text=True,
+                          capture_output=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "goes on where it was" in done.stderr and not (tmp_path / "bcss").exists()
+    assert len(prepare("bcss", tmp_path / "raw", tmp_path).rows) == 12
+
+
+# -----------------------------------------------------------------------------
+# Ignored labels
+
+
+def test_ignored_labels_count_in_neither_training_nor_scores(tmp_path, capsys):
     write_set(tmp_path / "raw", "bcss", regions=4)
     prepare("bcss", tmp_path / "raw", tmp_path)
     common = ["--data", "bcss", "--width", "2", "--epochs", "1", "--batch-size", "4",
@@ -217,31 +299,5 @@ def test_ignored_labels_count_in_neither_training_nor_scores(tmp_path):
     assert [row["label"] for row in scores["some"]["classes"]] == [1, 2]
     losses = [(tmp_path / name / "log.csv").read_text() for name in scores]
     assert losses[0] != losses[1]
-    with pytest.raises(SystemExit):
-        train.parse_args(["--data", "bcss", "--ignore-index", "3"])
-    with pytest.raises(SystemExit):
-        train.parse_args(["--data", "monuseg", "--ignore-index", "0"])
-
-
-# Machado et al. 2009, complete protanopia, deuteranopia, tritanopia; on linear RGB
-SIGHT = [np.eye(3),
-         [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
-          [-0.003882, -0.048116, 1.051998]],
-         [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
-          [-0.011820, 0.042940, 0.968881]],
-         [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
-          [0.004733, 0.691367, 0.303900]]]
-
-
-@pytest.mark.parametrize("sight", SIGHT, ids=["normal", "protan", "deutan", "tritan"])
-def test_colours_are_told_apart_by_every_eye(sight):
-    rgb = data.PALETTE / 255
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055)**2.4) @ np.transpose(
-        sight)
-    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722],
-                       [0.0193, 0.1192, 0.9505]])
-    xyz = linear.clip(0, 1) @ to_xyz.T / [0.9505, 1, 1.089]
-    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
-    lab = np.stack((116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])), 1)
-    distance = np.linalg.norm(lab[:, None] - lab, axis=2) + 1000 * np.eye(len(lab))
-    assert len(lab) == 22 and distance.min() > 17 and distance[:3, :3].min() > 70
+    said = refused(capsys, train, *common, "--ignore-index", 3, "--out", tmp_path / "none")
+    assert "--ignore-index 3: bcss has no such label" in said

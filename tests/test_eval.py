@@ -1,24 +1,24 @@
-"""eval.py: scores worked out by hand, tables, curves, and the command on runs of test_train.py."""
+"""eval.py: scores worked out by hand, and the command on runs of the made-up tiles."""
 
 import json
-import runpy
+import multiprocessing
 import statistics
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+import torch.distributed as dist
+from conftest import NOT_CHECKPOINTS, PARTS, fit, made_up_tiles, refused
 from PIL import Image
-from test_train import (NOT_CHECKPOINTS, PARTS, fit, load, made_up_tiles, tiny_world,  # noqa: F401
-                        whole)
 
 import data
 import eval as evaluation
-import train
-from eval import confusion_matrices, draw_curves, evaluate, predict, score
+from eval import compute_metrics, confusion_matrices, evaluate, logits_to_labels
 from losses import loss_for
 from models import build_model
+from utils import load_checkpoint
+
+pytestmark = pytest.mark.usefixtures("tiny_set")
 
 
 def count(k, *tiles):
@@ -38,7 +38,7 @@ TISSUE = ("00001111", "00011122"), ("11111100", "11100000")
 
 
 def test_one_class_by_hand():
-    result = score(count(2, *NUCLEI))
+    result = compute_metrics(count(2, *NUCLEI))
     assert result["per_tile"] == pytest.approx({"iou": (3/6 + 1/4) / 2, "f1": (6/9 + 2/5) / 2})
     assert result["global"] == pytest.approx({"iou": 4/10, "f1": 8/14})
     assert result["tiles"] == pytest.approx([1/2, 1/4])
@@ -48,7 +48,7 @@ def test_one_class_by_hand():
 
 
 def test_three_classes_by_hand_and_one_predicted_but_nowhere_in_the_masks_scores_0():
-    result = score(count(3, *TISSUE))
+    result = compute_metrics(count(3, *TISSUE))
     tiles = (3/4 + 2/5) / 2, (2/5 + 3/6) / 2  # labels 0 and 1, which the masks hold
     assert result["tiles"] == pytest.approx(tiles)
     assert result["per_tile"] == pytest.approx({
@@ -64,7 +64,7 @@ def test_three_classes_by_hand_and_one_predicted_but_nowhere_in_the_masks_scores
 
 
 def test_a_class_that_occurs_nowhere_is_in_no_average():
-    with_three, with_four = score(count(3, *TISSUE)), score(count(4, *TISSUE))
+    with_three, with_four = (compute_metrics(count(k, *TISSUE)) for k in (3, 4))
     assert with_four["classes"][3] == {"label": 3, "pixels": 0, "iou": None, "f1": None,
                                        "precision": None, "recall": None}
     for part in "per_tile", "global", "tiles":
@@ -72,15 +72,16 @@ def test_a_class_that_occurs_nowhere_is_in_no_average():
 
 
 def test_a_tile_without_nuclei_counts_in_the_global_average_alone():
-    result = score(count(2, *NUCLEI, ("00000000", "11000000")))
+    result = compute_metrics(count(2, *NUCLEI, ("00000000", "11000000")))
     assert result["tiles"] == pytest.approx([1/2, 1/4, None])
     assert result["per_tile"]["iou"] == pytest.approx(3/8)
     assert result["global"]["iou"] == pytest.approx(4/12)
-    assert score(count(2, ("00", "00")))["global"] == {"iou": None, "f1": None}
+    empty = compute_metrics(count(2, ("00", "00")))
+    assert empty["global"] == empty["per_tile"] == {"iou": None, "f1": None}
 
 
 def test_ignored_labels_are_neither_counted_nor_scored():
-    result = score(count(3, *TISSUE), ignore=[0])  # leaves true 1: found 1122 and 111000
+    result = compute_metrics(count(3, *TISSUE), ignore=[0])  # leaves true 1: found 1122 and 111000
     assert result["tiles"] == pytest.approx([2/4, 3/6])
     assert result["global"] == pytest.approx({"iou": (5/10 + 0) / 2, "f1": (10/15 + 0) / 2})
     assert [(row["label"], row["pixels"]) for row in result["classes"]] == [(1, 10), (2, 0)]
@@ -88,14 +89,15 @@ def test_ignored_labels_are_neither_counted_nor_scored():
 
 def test_f1_follows_from_iou_for_one_class():
     confusions = torch.randint(1, 99, (5, 2, 2), generator=torch.Generator().manual_seed(0))
-    pairs = [score(confusions)["global"], *(score(one[None])["per_tile"] for one in confusions)]
+    pairs = [compute_metrics(confusions)["global"],
+             *(compute_metrics(one[None])["per_tile"] for one in confusions)]
     for pair in pairs:
         assert pair["f1"] == pytest.approx(2 * pair["iou"] / (1 + pair["iou"]))
 
 
 def test_a_better_mask_scores_better():
-    mask = made_up_tiles()[1][:1].long()
-    results = [score(confusion_matrices(mask.roll(shift, 2)[:, None] - 0.5, mask))
+    mask = made_up_tiles().masks[:1].long()
+    results = [compute_metrics(confusion_matrices(mask.roll(shift, 2)[:, None] - 0.5, mask))
                for shift in (0, 1, 3, 6, 20)]
     for average in "per_tile", "global":
         for name in "iou", "f1":
@@ -121,19 +123,18 @@ def test_confusion_matrices_match_a_slow_loop_and_numpy(classes):
 
 
 def test_one_logit_is_cut_at_probability_one_half_and_of_more_the_largest_wins():
-    assert predict(torch.tensor([-9, -1e-6, 0, 1e-6, 9]).view(1, 1, 1, 5)).tolist() == [
-        [[0, 0, 0, 1, 1]]]
-    assert predict(torch.tensor([[-3.0, 5], [-2, 6], [-4, 5.5]]).view(1, 3, 1, 2)).tolist() == [
-        [[1, 1]]]
+    one = torch.tensor([-9, -1e-6, 0, 1e-6, 9]).view(1, 1, 1, 5)
+    three = torch.tensor([[-3.0, 5], [-2, 6], [-4, 5.5]]).view(1, 3, 1, 2)
+    assert logits_to_labels(one).tolist() == [[[0, 0, 0, 1, 1]]]
+    assert logits_to_labels(three).tolist() == [[[1, 1]]]
 
 
 @pytest.fixture
-def judged(whole):  # noqa: F811
+def judged(whole):
     """All sixteen tiles in some order, and how to evaluate a trained network on them."""
-    images, masks, _ = made_up_tiles()
-    model, order = build_model(load(whole.out / "best.pt"), ""), torch.randperm(16)
-    return order, lambda indices, *args: evaluate(
-        model, images, masks, indices, loss_for(1), torch.device("cpu"), *args)
+    model = build_model(load_checkpoint(whole.out / "best.pt"), "")
+    return torch.randperm(16), lambda indices, *args: evaluate(
+        model, made_up_tiles(), indices, loss_for(1), torch.device("cpu"), *args)
 
 
 def test_score_does_not_depend_on_batch_size_or_order(judged):
@@ -146,29 +147,42 @@ def test_score_does_not_depend_on_batch_size_or_order(judged):
         assert torch.allclose(losses_again, losses[order], atol=1e-6)
 
 
-@pytest.mark.parametrize("world, tiles", [(2, 16), (3, 16), (4, 3)])
-def test_processes_share_tiles_and_count_none_twice(judged, monkeypatch, world, tiles):
-    (order, judge), shares = judged, []
-    monkeypatch.setattr(evaluation.dist, "all_reduce", lambda values: shares.append(values + 0))
-    for rank in range(world):
-        judge(order[:tiles], 4, rank, world)
+def join(rank, world_size, folder, judge, indices):
+    """The body of a process: take part in judging, and write what comes out."""
+    dist.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=rank,
+                            world_size=world_size)
+    torch.save(judge(indices, 4, rank, world_size), folder / f"{rank}.pt")
+
+
+@pytest.mark.parametrize("world_size, tiles", [(2, 16), (3, 16), (4, 3)])
+def test_processes_share_tiles_count_none_twice_and_all_know_the_whole(judged, tmp_path,
+                                                                       world_size, tiles):
+    order, judge = judged
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=join, args=(rank, world_size, tmp_path, judge,
+                                                    order[:tiles]), daemon=True)
+                 for rank in range(world_size)]
+    for process in processes:
+        process.start()
     confusions, losses = judge(order[:tiles], 4)
-    assert len(shares) == 2 * world  # every process takes part, or the others would wait for ever
-    assert torch.equal(sum(shares[::2]), confusions)
-    assert torch.allclose(sum(shares[1::2]), losses, atol=1e-6)
+    for rank, process in enumerate(processes):
+        process.join(60)
+        their_confusions, their_losses = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(their_confusions, confusions)
+        assert torch.allclose(their_losses, losses, atol=1e-6)
 
 
 # The command
 
 
 def evaluated(capsys, *flags):
-    results = evaluation.main(evaluation.parse_args([str(flag) for flag in flags]))
+    capsys.readouterr()
+    results = evaluation.main(evaluation.parse_args([*map(str, flags), "--device", "cpu"]))
     return results, capsys.readouterr().out
 
 
-def test_one_network_in_detail_scores_as_at_the_end_of_training(whole, capsys, tmp_path):  # noqa
-    (result,), out = evaluated(capsys, whole.out / "best.pt", "--device", "cpu",
-                               "--json", tmp_path / "scores.json")
+def test_one_network_in_detail_scores_as_at_the_end_of_training(whole, capsys, tmp_path):
+    (result,), out = evaluated(capsys, whole.out / "best.pt", "--json", tmp_path / "scores.json")
     assert result["per_tile"]["iou"] == whole.score
     rows = {line.strip().split("  ")[0]: line.split() for line in out.splitlines()}
     nucleus = result["classes"][0]
@@ -181,156 +195,123 @@ def test_one_network_in_detail_scores_as_at_the_end_of_training(whole, capsys, t
     stored, = json.loads((tmp_path / "scores.json").read_text())
     assert stored == json.loads(json.dumps(result))
     assert stored["args"]["width"] == 2 and len(stored["tiles"]) == 2
-    assert score(torch.tensor([stored["confusion"]]))["global"] == stored["global"]
+    assert compute_metrics(torch.tensor([stored["confusion"]]))["global"] == stored["global"]
     assert np.sum(stored["confusion"]) == 2 * 32 * 32
 
 
-def result(iou, f1, *flags, weights="from scratch"):
-    args = vars(train.parse_args(["--data", "monuseg", *flags]))
-    return {"args": args, "weights": weights, "per_tile": {"iou": iou, "f1": f1},
-            "global": {"iou": iou - 0.1, "f1": f1 - 0.1}}
-
-
-def test_several_networks_become_table_2_with_mean_and_deviation_over_seeds():
-    conv = "--skip", "conv"
-    results = [
-        result(0.70, 0.80, *conv), result(0.72, 0.81, *conv, "--seed", "1"),
-        result(0.74, 0.85, *conv, "--seed", "2"), result(0.6543, 0.7654, "--width", "32"),
-        result(0.66, 0.77, "--epochs", "5"), result(0.5, 0.6, *conv, "--data", "bcss"),
-        result(0.4, 0.5, "--model", "swin_unet", weights="a file"),
-        result(0.3, 0.5, "--model", "swin_unet"),
-        result(0.2, 0.5, *conv, "--data", "bcss", "--ignore-index", "0")]
-    tables = {}
-    for average in "per_tile", "global":
-        lines = evaluation.table_2(results, average).splitlines()
-        assert "monuseg" in lines[0] and "bcss" in lines[0]
-        assert len({line.count("|") for line in lines}) == 1  # else it is no Markdown table
-        tables[average] = {tuple(cells[:2]): cells[2:] for line in lines[2:]
-                           if (cells := [cell.strip() for cell in line.strip("|").split("|")])}
-    rows, nothing = tables["per_tile"], ["-", "-", "-"]
-    assert rows["unet", "conv"] == [  # deviations: sqrt((4 + 0 + 4) / 2), sqrt((4 + 1 + 9) / 2)
-        "72.00 ± 2.00 (67.32)", "82.00 ± 2.65 (80.28)", "3", "50.00 (33.78)", "60.00 (47.42)", "1"]
-    assert rows["unet --width 32", "standard"] == ["65.43", "76.54", "1", *nothing]
-    assert rows["unet --epochs 5", "standard"] == ["66.00", "77.00", "1", *nothing]
-    assert rows["unet --ignore-index 0", "conv"] == [*nothing, "20.00", "50.00", "1"]
-    assert rows["swin_unet", "standard"] == ["40.00 (63.98)", "50.00 (77.65)", "1", *nothing]
-    assert rows["swin_unet --no-pretrained", "standard"] == ["30.00", "50.00", "1", *nothing]
-    assert tables["global"]["unet", "conv"][:2] == ["62.00 ± 2.00", "72.00 ± 2.65"]
-    with pytest.raises(ValueError, match="two runs of unet conv .*seed 2"):
-        evaluation.table_2([*results, result(0.74, 0.85, *conv, "--seed", "2")], "per_tile")
-
-
-def test_several_checkpoints_print_both_tables(whole, capsys, tmp_path):  # noqa: F811
+def test_several_checkpoints_print_both_tables(whole, capsys, tmp_path):
     fit(tmp_path, "--seed", "1")
     results, out = evaluated(capsys, whole.out / "best.pt", tmp_path / "best.pt")
-    rows = [line for line in out.splitlines() if line.startswith("| unet")]
+    rows = [line for line in out.splitlines() if line.startswith("| monuseg, tile | unet")]
     for row, average in zip(rows, ("per_tile", "global"), strict=True):
         ious = [100 * result[average]["iou"] for result in results]
         assert f"{statistics.mean(ious):.2f} ± {abs(ious[0] - ious[1]) / 2**0.5:.2f} |" in row
 
 
-def test_the_papers_table_2():
-    columns = "bcss", "bcss512", "monuseg"
-    rows = [("unet", "standard", (30.44, 53.70), (23.96, 34.04), (66.27, 79.45)),
-            ("unet", "conv", (33.78, 47.42), (23.45, 33.70), (67.32, 80.28)),
-            ("unet", "fusion", None, None, (65.68, 79.03)),
-            ("swin_unet", "standard", (57.55, 64.39), (47.45, 53.84), (63.98, 77.65)),
-            ("swin_unet", "conv", (57.23, 64.16), (45.78, 53.12), (64.78, 78)),
-            ("swin_unet", "fusion", (56.59, 63.69), (48.11, 55.06), (63.42, 76.96))]
-    assert evaluation.PAPER == {(name, model, skip): pair for model, skip, *pairs in rows
-                                for name, pair in zip(columns, pairs) if pair}
+def changed(whole, path, **changes):
+    """Write the whole run's best.pt with other entries, or other `args` -> path."""
+    checkpoint = torch.load(whole.out / "best.pt")
+    args = checkpoint["args"] | changes.pop("args", {})
+    torch.save(checkpoint | {"args": args} | changes, path)
+    return path
 
 
-def refused(capsys, monkeypatch, *flags):
-    """Start eval.py on what it must refuse with status 2 -> the one line that it says."""
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags)])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "eval.py"), run_name="__main__")
-    line, = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2
-    return line
+def test_where_no_tile_shows_a_class_a_dash_stands_for_the_score(whole, capsys, tmp_path,
+                                                                 monkeypatch):
+    def draw(titles, rows, names):
+        captions.extend(row[-1] for row in rows)
+        return Image.new("L", (1, 1))
+
+    tiles, captions = made_up_tiles(), []
+    tiles.masks.zero_()
+    monkeypatch.setattr(evaluation, "load", lambda *_: tiles)
+    monkeypatch.setattr(evaluation, "draw_figure", draw)
+    other = changed(whole, tmp_path / "best.pt", args={"seed": 1})
+    (result,), out = evaluated(capsys, whole.out / "best.pt", "--figure", tmp_path / "figure.png")
+    assert result["per_tile"] == {"iou": None, "f1": None} and result["tiles"] == [None, None]
+    assert out.splitlines()[2].split() == ["per", "tile", "-", "-"]
+    assert captions == [["IoU -"], ["IoU -"]]
+    _, out = evaluated(capsys, whole.out / "best.pt", other)
+    assert out.count("| - | - | 2 |") == 1  # false alarms count in the global average
+
+
+def test_data_are_looked_for_where_training_found_them(whole, capsys, tmp_path, monkeypatch):
+    def load(data, root):
+        roots.append(root)
+        return made_up_tiles()
+
+    roots, path = [], tmp_path / "run/best.pt"
+    monkeypatch.setattr(evaluation, "load", load)
+    fit(path.parent, "--epochs", "1", "--data-root", "disk/prepared")
+    evaluated(capsys, path)
+    evaluated(capsys, path, "--data-root", "elsewhere")
+    assert roots == ["disk/prepared", "elsewhere"]
+
+
+def test_figure_and_curves_from_checkpoints(whole, capsys, tmp_path):
+    (tmp_path / "other").mkdir()
+    fit(tmp_path / "other/run", "--seed", "1", "--epochs", "1")  # two folders of one name
+    _, out = evaluated(capsys, whole.out / "best.pt", tmp_path / "other/run/best.pt", "--figure",
+                       tmp_path / "figure.png", "--curves", tmp_path / "curves.png")
+    assert "figure.png: 2 test tiles" in out  # all there are, each once
+    assert Image.open(tmp_path / "figure.png").width == 4 * (32 + 10) + 10
+    assert Image.open(tmp_path / "curves.png").size == (1200, 460 + 2 * 24)
+    name = "{}/{}/{}".format(*made_up_tiles().rows[PARTS["test"][0]])
+    _, out = evaluated(capsys, whole.out / "best.pt", "--figure", tmp_path / "figure.webp",
+                       "--tiles", name)
+    assert "figure.webp: 1 test tiles" in out and Image.open(tmp_path / "figure.webp")
+
+
+# What is refused
 
 
 @pytest.mark.parametrize("kind", NOT_CHECKPOINTS)
-def test_what_is_no_checkpoint_is_refused_and_its_code_not_run(whole, tmp_path, capsys,  # noqa
-                                                               monkeypatch, kind):
+def test_what_is_no_checkpoint_is_refused_and_its_code_not_run(whole, tmp_path, capsys, kind):
     NOT_CHECKPOINTS[kind](tmp_path / "best.pt", whole.out)
-    assert str(tmp_path / "best.pt") in refused(capsys, monkeypatch, tmp_path / "best.pt")
+    assert str(tmp_path / "best.pt") in refused(capsys, evaluation, tmp_path / "best.pt")
     assert not (tmp_path / "it ran").exists()
 
 
-def test_tiles_other_than_those_of_the_training_are_refused(whole, capsys, monkeypatch):  # noqa
-    images, masks, rows = made_up_tiles()
-    monkeypatch.setattr(data, "load", lambda *_: (images[1:], masks[1:], rows[1:]))
-    line = refused(capsys, monkeypatch, whole.out / "best.pt")
-    assert "other tiles" in line and str(whole.out / "best.pt") in line
+def test_tiles_other_than_those_of_the_training_are_refused(whole, capsys, monkeypatch):
+    tiles = made_up_tiles()
+    fewer = data.Tiles(tiles.images[1:], tiles.masks[1:], tiles.rows[1:], tiles.classes)
+    monkeypatch.setattr(evaluation, "load", lambda *_: fewer)
+    line = refused(capsys, evaluation, whole.out / "best.pt", "--data-root", "elsewhere")
+    assert "other tiles than elsewhere" in line and str(whole.out / "best.pt") in line
 
 
-# Curves
+def test_a_network_of_other_classes_or_unknown_data_is_refused(whole, tmp_path, capsys,
+                                                               monkeypatch):
+    path = changed(whole, tmp_path / "best.pt", num_classes=3)
+    assert f"{path}: knows 3 classes, but monuseg has 1" in refused(capsys, evaluation, path)
+    changed(whole, path, args={"data": "../secret"})
+    monkeypatch.setattr(evaluation, "load", data.load)
+    assert "no data set is called '../secret'" in refused(capsys, evaluation, path)
 
 
-@pytest.mark.parametrize("epochs", [1, 50])
-def test_curves_show_every_run_in_its_colour_in_both_panels(tmp_path, epochs):
-    logs = {f"run {i}": [{"epoch": n, "train_loss": 0.9 - 0.2 * i, "val_loss": 1.0 - 0.2 * i,
-                          "val_iou_per_tile": 0.2 + 0.2 * i} for n in range(1, epochs + 1)]
-            for i in range(3)}
-    draw_curves(logs, tmp_path / "curves.png")
-    picture = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"))[:420]  # no legend
-    colours = [tuple(bytes.fromhex(colour[1:])) for colour in evaluation.COLOURS[:3]]
-    for panel in picture[:, :600], picture[:, 600:]:
-        heights = [np.nonzero((panel == colour).all(axis=2))[0] for colour in colours]
-        assert all(len(height) > (20 if epochs == 1 else 500) for height in heights)
-    assert heights[0].mean() > heights[1].mean() > heights[2].mean()  # by IoU, from below
+def test_a_figure_of_two_splits_is_refused_before_anything_is_scored(whole, tmp_path, capsys):
+    path, scores = changed(whole, tmp_path / "b.pt", args={"split": "image"}), tmp_path / "s.json"
+    line = refused(capsys, evaluation, whole.out / "best.pt", path, "--figure", tmp_path / "x.png",
+                   "--json", scores)
+    assert "--figure compares networks of one data set and split" in line and not scores.exists()
 
 
-@pytest.mark.parametrize("iou", [0.0, 0.3, 1.0])
-def test_curves_of_a_score_that_never_moves(tmp_path, iou):
-    logs = {"run": [{"train_loss": 0.5, "val_loss": 0.5, "val_iou_per_tile": iou}] * 3}
-    draw_curves(logs, tmp_path / "curves.png")
-    panel = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"))[:460, 600:]
-    blue = tuple(bytes.fromhex(evaluation.COLOURS[0][1:]))
-    heights = np.nonzero((panel == blue).all(axis=2))[0]
-    assert 50 < heights.min() and heights.max() < 410  # between the axes
+@pytest.mark.parametrize("flags, message", [
+    (["--figure", "x.png", "--tiles", "nowhere/0/0"], "nowhere/0/0: no such test tile"),
+    (["--tiles", "image-1/0/0"], "--tiles is for --figure"),
+    (["--json", "no/folder/scores.json"], "no/folder/scores.json: cannot be written"),
+    (["--batch-size", "0"], "0 is not a number above 0"), (["--device", "abacus"], "abacus")])
+def test_flags_that_cannot_be_are_refused_by_name(whole, capsys, tmp_path, monkeypatch, flags,
+                                                  message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, evaluation, whole.out / "best.pt", *flags)
+    assert not [*tmp_path.iterdir()]
 
 
-# Figures
-
-
-def colours_of(picture):
-    return {tuple(colour) for colour in np.asarray(picture.convert("RGB")).reshape(-1, 3)}
-
-
-def test_one_class_shows_found_missed_and_mistaken_pixels_apart():
-    mask, found = np.array([[1, 1, 0, 0]], np.uint8), np.array([[1, 0, 1, 0]], np.uint8)
-    assert [tuple(colour) for colour in evaluation.paint(found, mask, 1)[0].tolist()] == [
-        evaluation.FOUND, evaluation.MISSED, evaluation.FALSE_ALARM, (0, 0, 0)]
-
-
-def test_more_classes_show_their_palette_colour_and_a_legend(tmp_path):
-    labels = np.repeat(np.arange(22, dtype=np.uint8), 11)[:224][None].repeat(224, 0)
-    image = np.full((224, 224, 3), 77, np.uint8)
-    evaluation.draw_figure(["one", "two"], [("tile", image, labels, [labels, labels], ["", ""])],
-                           data.CLASSES["bcss512"], tmp_path / "figure.png")
-    picture = Image.open(tmp_path / "figure.png")
-    assert picture.width == 4 * 234 + 10
-    assert {tuple(colour) for colour in data.PALETTE[labels[0]].tolist()} <= colours_of(
-        picture.crop((244, 40, 468, 264)))
-    legend = picture.crop((0, 290, *picture.size))
-    assert {tuple(data.PALETTE[label].tolist()) for label in set(labels[0])} <= colours_of(legend)
-
-
-def test_figure_and_curves_from_checkpoints(whole, capsys, tmp_path):  # noqa: F811
-    fit(tmp_path / "run", "--seed", "1", "--epochs", "1")
-    _, out = evaluated(capsys, whole.out / "best.pt", tmp_path / "run/best.pt", "--figure",
-                       tmp_path / "figure.png", "--curves", tmp_path / "curves.png")
-    assert "figure.png: 2 test tiles" in out  # all there are, each once
-    assert Image.open(tmp_path / "figure.png").width == 4 * 234 + 10
-    assert Image.open(tmp_path / "curves.png").size[0] == 1200
-    test = made_up_tiles()[2][PARTS["test"][0]]
-    name = f"{test[0]}/{test[1]}/{test[2]}"
-    _, out = evaluated(capsys, whole.out / "best.pt", "--figure", tmp_path / "figure.png",
-                       "--tiles", name)
-    assert "figure.png: 1 test tiles" in out
-    with pytest.raises(ValueError, match="nowhere/0/0: no such test tile"):
-        evaluated(capsys, whole.out / "best.pt", "--figure", tmp_path / "x.png",
-                  "--tiles", "nowhere/0/0")
+@pytest.mark.parametrize("log", ["", "epoch,train_loss\n1,0.5\n", "\0", "train_loss,val_loss,"
+                                 "val_iou_per_tile\n0.5,nan,0.5\n"])
+def test_a_damaged_log_is_named(whole, capsys, tmp_path, log):
+    path = changed(whole, tmp_path / "best.pt")
+    (tmp_path / "log.csv").write_text(log)
+    line = refused(capsys, evaluation, path, "--curves", tmp_path / "curves.png")
+    assert f"{tmp_path / 'log.csv'}: not the log of a run" in line

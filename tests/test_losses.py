@@ -1,4 +1,4 @@
-"""losses.py: values worked out by hand, torch's own as reference, half precision, order."""
+"""losses.py: values worked out by hand, torch's as reference, half precision, order; recipes."""
 
 import math
 
@@ -6,7 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import bce_loss, ce_dice_loss, loss_for
+from data import CLASSES
+from losses import (RECIPE_VERSION, RECIPE_VERSIONS, RECIPES, bce_loss, ce_dice_loss, loss_for,
+                    recipe_for, recipe_overrides)
+from models import MODELS
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
 
 
 def certain(masks, num_classes, strength=30.0):
@@ -68,7 +76,6 @@ def test_absent_classes_add_nothing():
 
 
 def test_ignored_pixels_change_nothing():
-    torch.manual_seed(0)
     logits, masks = torch.randn(2, 4, 8, 8), torch.randint(4, (2, 8, 8))
     noise = torch.where(torch.isin(masks, torch.tensor([0, 3]))[:, None], torch.randn(2, 4, 8, 8),
                         torch.zeros(()))
@@ -109,5 +116,31 @@ def test_gradients_are_right():
 
 
 def test_one_class_takes_bce_more_take_cross_entropy_and_dice():
-    assert loss_for(1) is bce_loss
-    assert loss_for(3, ignore=(0,)).func is ce_dice_loss
+    logits, masks = torch.randn(2, 3, 8, 8), torch.randint(2, (2, 8, 8))
+    assert torch.equal(loss_for(1)(logits[:, :1], masks), bce_loss(logits[:, :1], masks))
+    assert torch.equal(loss_for(3)(logits, masks), ce_dice_loss(logits, masks))
+    assert torch.equal(loss_for(3, [0])(logits, masks), ce_dice_loss(logits, masks, ignore=[0]))
+
+
+# Recipes; that they are the paper's is tested with train.py's flags
+
+
+@pytest.mark.parametrize("data", CLASSES)
+@pytest.mark.parametrize("model", [*MODELS, "your_own"])
+def test_every_data_set_has_a_recipe_for_every_network(data, model):
+    recipe = recipe_for(data, model)
+    assert [*recipe] == ["epochs", "batch_size", "lr", "width"] and min(recipe.values()) > 0
+    assert recipe["lr"] == RECIPES[data].get(model, RECIPES[data])["lr"]
+
+
+@pytest.mark.parametrize("changed", [{}, {"lr": 2e-3}, {"epochs": 5, "width": 16},
+                                     {"batch_size": 4, "ignore_index": [0, 7]}])
+def test_what_differs_from_a_recipe_is_told(changed):
+    args = {"data": "bcss512", "model": "unet", "skip": "conv", "split": "image", "seed": 3,
+            "ignore_index": [], **recipe_for("bcss512", "unet"), **changed}
+    expected = changed | ({"ignore_index": "0 7"} if "ignore_index" in changed else {})
+    assert recipe_overrides(args) == expected
+
+
+def test_the_present_recipe_is_the_last_of_those_described():
+    assert RECIPE_VERSION == max(RECIPE_VERSIONS) and all(RECIPE_VERSIONS.values())

@@ -3,37 +3,45 @@
 Most networks here are stubs that compute something known from each pixel or tile.
 """
 
+import os
+import struct
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
 import torch
+from conftest import refused, save_network
 from PIL import Image
 from torch import nn
 
 import data
 import predict
-from models import create_model
-
-TILING = (64, 16, 16, 3)  # small tiles: many of them in a small image
+from models import MODELS, UNet, create_model
+from plots import PALETTE, outline
 
 
 class Stub(nn.Module):
-    """A network that remembers what it was shown, and answers `function(images)`."""
+    """A network that remembers what it was shown, and answers `function(images)`.
 
-    def __init__(self, function, num_classes=1):
+    It takes small tiles, many of them in a small image, unless it stands for another: `like`.
+    """
+
+    def __init__(self, function, num_classes=1, like=None):
         super().__init__()
         self.function, self.num_classes, self.shown = function, num_classes, []
+        self.side_multiple, self.max_side = (
+            (MODELS[like].side_multiple, MODELS[like].max_side) if like else (16, 64))
 
     def forward(self, images):
         self.shown.append(images)
         return self.function(images)
 
 
-def redness(num_classes=1):
+def redness(num_classes=1, like=None):
     """A network that looks at nothing but the pixel itself: one linear map of its colour."""
     weight = torch.randn(num_classes, 3, 1, 1, generator=torch.Generator().manual_seed(0))
-    return Stub(lambda images: nn.functional.conv2d(images, weight), num_classes)
+    return Stub(lambda images: nn.functional.conv2d(images, weight), num_classes, like)
 
 
 def noise(width, height):
@@ -45,10 +53,10 @@ def tensor(image):
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float() / 255
 
 
-def whole(network, image, tiling=TILING, tta=False):
+def blend(network, image, batch_size=None, tta=False):
     """All bands of an image in one -> (C, H, W)."""
-    bands = predict.predict_bands(network, image, network.num_classes, tiling,
-                                  torch.device("cpu"), tta)
+    bands = predict.predict_bands(network, image, network.num_classes, torch.device("cpu"),
+                                  batch_size, tta)
     return torch.cat([band.clone() for band in bands], dim=1)
 
 
@@ -57,44 +65,41 @@ def use(tmp_path, monkeypatch):
     """Run main with a network of our own on images and flags -> shares; writes to tmp_path/out."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # main changes it
 
-    def run(network, *arguments, data="synthetic", model="unet"):
-        checkpoint = {"args": {"data": data, "model": model}, "num_classes": network.num_classes}
-        monkeypatch.setattr(predict, "load_checkpoint", lambda path: checkpoint)
-        monkeypatch.setattr(predict, "build_model", lambda checkpoint, path: network)
-        return predict.main(predict.parse_args(["best.pt", *map(str, arguments),
+    def run(network, *arguments, data="synthetic"):
+        monkeypatch.setitem(MODELS, "stub", lambda *_: network)
+        path = save_network(tmp_path / "best.pt", "stub", "conv", network.num_classes, name=data)
+        return predict.main(predict.parse_args([str(path), *map(str, arguments), "--device", "cpu",
                                                 "--out", str(tmp_path / "out")]))
     return run
 
 
 @pytest.fixture
-def checkpoint(tmp_path):
-    """A checkpoint of a tiny U-Net with random weights."""
-    torch.manual_seed(0)
-    model, path = create_model("unet", "conv", 1, width=2), tmp_path / "best.pt"
-    args = {"data": "monuseg", "model": "unet", "skip": "conv", "width": 2}
-    torch.save({"args": args, "num_classes": 1, "model": model.state_dict(), "split": "",
-                "epoch": 1, "log": []}, path)
-    return path
+def out(tmp_path):
+    """What is in the folder that `use` writes to -> {file name: content}."""
+    return lambda: {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
 # -----------------------------------------------------------------------------
 # Tiles and blending
 
 
-@pytest.mark.parametrize("tiling", [TILING, (64, 16, 40, 1), (32, 32, 16, 8)])
+@pytest.mark.parametrize("multiple, side", [(16, 64), (32, 32), (24, 72)])
 @pytest.mark.parametrize("size", [(1, 1), (5, 150), (64, 64), (65, 63), (230, 99)])
-def test_blending_changes_nothing_where_all_tiles_agree(size, tiling):
+def test_blending_changes_nothing_where_all_tiles_agree(size, multiple, side):
     for network in redness(), redness(3):
+        network.side_multiple, network.max_side = multiple, side
         image = noise(*size)
         logits = network.function(data.normalize(tensor(image)))[0]
         expected = logits.sigmoid() if len(logits) == 1 else logits.softmax(dim=0)
-        torch.testing.assert_close(whole(network, image, tiling), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(blend(network, image), expected, rtol=0, atol=1e-6)
+        sides = {side for batch in network.shown for side in batch.shape[2:]}
+        assert all(tile % multiple == 0 and tile <= side for tile in sides)
 
 
 def test_no_seam_shows_where_tiles_disagree():
     answers = iter([-4.0, 4.0] * 99)  # neighbours say opposite things
     network = Stub(lambda images: torch.full_like(images[:, :1], next(answers)))
-    blended = whole(network, noise(300, 260), (64, 16, 32, 1))[0]
+    blended = blend(network, noise(300, 260), batch_size=1)[0]
     steps = max(blended.diff(dim=0).abs().max(), blended.diff(dim=1).abs().max())
     assert blended.max() - blended.min() > 0.9
     assert steps < 2 * 0.96 / 32  # a cut would be 0.96, a straight ramp over the overlap 0.96 / 32
@@ -102,15 +107,16 @@ def test_no_seam_shows_where_tiles_disagree():
 
 def test_an_image_that_one_tile_can_hold_is_one_tile():
     for length, tile in (1, 16), (16, 16), (224, 224), (896, 896), (1020, 1024), (1024, 1024):
-        starts, places, weights = predict.cover(length, *predict.TILINGS["unet"][:3])
-        assert (starts, len(places), len(weights)) == ([0], tile, tile)
+        network = redness(like="unet")
+        blend(network, noise(length, 5))
+        assert [batch.shape for batch in network.shown] == [(1, 3, 16, tile)]
 
 
-@pytest.mark.parametrize("model", predict.TILINGS)
+@pytest.mark.parametrize("model, overlap", [("unet", 128), ("swin_unet", 112)])
 @pytest.mark.parametrize("length", [1, 100, 224, 225, 896, 1000, 1025, 2000, 20_000])
-def test_tiles_cover_an_axis_and_have_sides_that_the_network_takes(model, length):
-    side, multiple, overlap, _ = predict.TILINGS[model]
-    starts, places, weights = predict.cover(length, side, multiple, overlap)
+def test_tiles_cover_an_axis_and_have_sides_that_the_network_takes(model, overlap, length):
+    side, multiple = MODELS[model].max_side or 1024, MODELS[model].side_multiple
+    starts, places, weights = predict.tile_positions(length, side, multiple, overlap)
     assert len(weights) % multiple == 0 and len(weights) <= side
     assert all(b - a == len(weights) - overlap for a, b in zip(starts, starts[1:]))
     assert starts[-1] + len(weights) == len(places) >= length > starts[-1]
@@ -120,7 +126,8 @@ def test_tiles_cover_an_axis_and_have_sides_that_the_network_takes(model, length
 
 def test_a_small_image_is_continued_by_its_mirror_image():
     network, image = redness(), noise(40, 9)
-    whole(network, image, (32, 32, 16, 8))
+    network.side_multiple = network.max_side = 32
+    blend(network, image)
     array = np.pad(np.asarray(image), ((0, 23), (0, 8), (0, 0)), "reflect")
     expected = data.normalize(tensor(array))
     assert torch.equal(network.shown[0][0], expected[0, :, :, :32])
@@ -130,10 +137,17 @@ def test_a_small_image_is_continued_by_its_mirror_image():
 def test_batch_size_changes_nothing():
     torch.manual_seed(0)
     network = Stub(create_model("unet", "fusion", 3, width=2).eval(), 3)
-    image = noise(300, 100)
-    one, four = (whole(network, image, (*TILING[:3], size)) for size in (1, 4))
+    one, four = (blend(network, noise(300, 100), size) for size in (1, 4))
     torch.testing.assert_close(one, four, rtol=0, atol=1e-5)
-    assert {len(batch) for batch in network.shown} == {1, 4, 2}  # a row has six tiles
+    assert {len(batch) for batch in network.shown} == {1, 4}  # a row has nine tiles
+
+
+def test_by_default_batches_are_of_one_large_tile_or_of_eight_small_ones():
+    unet, swin = redness(like="unet"), redness(like="swin_unet")
+    for network in unet, swin:
+        blend(network, noise(1200, 10))  # two large tiles, or ten small ones
+    assert [len(batch) for batch in unet.shown] == [1, 1]
+    assert [len(batch) for batch in swin.shown] == [8, 2]
 
 
 def test_memory_does_not_grow_with_the_height():
@@ -141,12 +155,12 @@ def test_memory_does_not_grow_with_the_height():
     for height in 300, 3000:
         image = noise(100, height)
         tracemalloc.start()  # sees numpy's memory; PyTorch's is the sums, of which bands are views
-        for band in predict.predict_bands(redness(22), image, 22, TILING, torch.device("cpu")):
+        for band in predict.predict_bands(redness(22), image, 22, torch.device("cpu")):
             sizes.append(band.untyped_storage().nbytes())
             assert band.shape[1] <= 64
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert set(sizes) == {23 * 64 * 112 * 4}
+    assert set(sizes) == {23 * 64 * 128 * 4}
     assert peaks[1] < peaks[0] + 3000 * 50  # a sixth of its pixels: there are lists of rows
 
 
@@ -161,29 +175,48 @@ def test_network_sees_exactly_what_it_saw_in_training(use, tmp_path, name, side)
     Image.new("L", (side, side)).save(mask)
     tiles, masks = map(torch.tensor, data.READERS[name][1](image, mask))
     tiles, masks = tiles.view(-1, 224, 224, 3), masks.view(-1, 224, 224)
-    trained, _ = data.get_batch(tiles, masks, torch.arange(len(tiles)), "cpu")
-    expected = list(data.normalize(trained))
+    expected = list(data.normalize(data.to_batch((tiles, masks), "cpu")[0]))
 
-    unet, swin = redness(), redness()
-    use(unet, image, data=name)
+    unet, swin = (redness(len(data.CLASSES[name]), like) for like in ("unet", "swin_unet"))
+    for network in unet, swin:
+        use(network, image, data=name)
     large, = unet.shown[0]
     n = large.shape[1] // 224
     assert large.shape == (3, 224 * n, 224 * n) and n * n == len(expected)
+    rows = swin.shown[::2]  # every other row of tiles
     for k, tile in enumerate(expected):
-        row, column = divmod(k, n)
-        assert torch.equal(large[:, 224 * row:224 * (row + 1), 224 * column:224 * (column + 1)],
-                           tile)
-    use(swin, image, data=name, model="swin_unet")
-    rows = [batch for batch in swin.shown[::2 if n > 1 else 1]]  # every other row of tiles
-    assert all(torch.equal(rows[k // n][2 * (k % n)], tile) for k, tile in enumerate(expected))
+        y, x = 224 * (k // n), 224 * (k % n)
+        assert torch.equal(large[:, y:y + 224, x:x + 224], tile)
+        assert torch.equal(rows[k // n][2 * (k % n)], tile)
 
 
 def test_scale_is_the_users_if_given(use, tmp_path):
     noise(100, 60).save(tmp_path / "a.png")
-    network = redness()
-    use(network, tmp_path / "a.png", "--scale", "1.6", "--probabilities", data="monuseg")
+    use(redness(), tmp_path / "a.png", "--scale", "1.6", "--probabilities", data="monuseg")
     assert np.load(tmp_path / "out" / "a_probabilities.npy").shape == (96, 160, 1)
     assert Image.open(tmp_path / "out" / "a_mask.png").size == (100, 60)
+
+
+@pytest.mark.parametrize("scale", ["1e9", "0", "nan", "-1"])
+def test_a_scale_beyond_reason_is_refused(capsys, scale):
+    assert f"argument --scale: {scale} is not a number above 0 and at most 10" in refused(
+        capsys, predict, "best.pt", "a.png", f"--scale={scale}")
+
+
+def test_a_network_added_to_models_is_shown_the_sides_that_its_class_names(tmp_path, monkeypatch):
+    class Mine(UNet):
+        side_multiple, max_side = 48, 96
+
+        def forward(self, images):
+            assert all(side in (48, 96) for side in images.shape[2:])
+            return super().forward(images)
+
+    monkeypatch.setitem(MODELS, "mine", Mine)
+    path = save_network(tmp_path / "mine.pt", "mine", name="synthetic")
+    noise(150, 40).save(tmp_path / "a.png")
+    predict.main(predict.parse_args([str(path), str(tmp_path / "a.png"), "--device", "cpu",
+                                     "--out", str(tmp_path / "out")]))
+    assert Image.open(tmp_path / "out" / "a_mask.png").size == (150, 40)
 
 
 def test_tta_is_the_mean_over_eight_views():
@@ -193,16 +226,16 @@ def test_tta_is_the_mean_over_eight_views():
     for transpose in False, True:
         for axes in (), (2,), (3,), (2, 3):
             view = images.transpose(2, 3) if transpose else images
-            answer = network(data.normalize(view.flip(axes))).softmax(dim=1).flip(axes)
-            views.append(answer.transpose(2, 3) if transpose else answer)
+            probs = network(data.normalize(view.flip(axes))).softmax(dim=1).flip(axes)
+            views.append(probs.transpose(2, 3) if transpose else probs)
     expected = torch.stack(views).mean(dim=0)
     assert (expected - views[0]).abs().max() > 1e-3
-    torch.testing.assert_close(predict.ask(network, images, tta=True), expected)
+    torch.testing.assert_close(predict.predict_probs(network, images, tta=True), expected)
 
 
 def test_tta_changes_nothing_for_a_network_without_a_sense_of_direction(use, tmp_path):
-    image = noise(150, 90)
-    torch.testing.assert_close(whole(redness(3), image, tta=True), whole(redness(3), image))
+    image = noise(60, 40)
+    torch.testing.assert_close(blend(redness(3), image, tta=True), blend(redness(3), image))
     network = redness()
     image.save(tmp_path / "a.png")
     use(network, tmp_path / "a.png", "--tta")
@@ -240,11 +273,29 @@ def test_deeper_grey_is_scaled_not_clipped(tmp_path, kind, suffix):
     assert array.shape == (2, 256, 3) and (array == np.arange(256)[:, None]).all()
 
 
-@pytest.mark.parametrize("value", [-1, 1.5, float("nan")])
+@pytest.mark.parametrize("value", [-1, 1.5, float("nan"), float("inf")])
 def test_floats_of_an_unknown_range_are_refused_by_name(tmp_path, value):
-    Image.fromarray(np.full((4, 4), value, np.float32)).save(tmp_path / "a.tif")
+    levels = np.full((4, 4), 0.5, np.float32)
+    levels[2, 1] = value
+    Image.fromarray(levels).save(tmp_path / "a.tif")
     with pytest.raises(ValueError, match=r"a\.tif: holds values from"):
         predict.read_rgb(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
+@pytest.mark.parametrize("orientation, turns, mirrored", [(1, 0, False), (3, 2, False),
+                                                          (6, 3, False), (5, 3, True)])
+def test_an_image_is_turned_as_viewers_show_it(use, tmp_path, suffix, orientation, turns, mirrored):
+    exif, plain, turned = Image.Exif(), tmp_path / f"plain.{suffix}", tmp_path / f"turned.{suffix}"
+    exif[0x0112] = orientation  # EXIF's tag for it: 6, for one, means turn me clockwise
+    noise(50, 20).save(plain)
+    noise(50, 20).save(turned, exif=exif)
+    use(redness(), plain, turned)
+    for kind in "mask", "overlay":
+        expected = np.rot90(np.array(Image.open(tmp_path / "out" / f"plain_{kind}.png")), turns)
+        picture = Image.open(tmp_path / "out" / f"turned_{kind}.png")
+        assert np.array_equal(picture, expected[:, ::-1] if mirrored else expected)
+        assert 0x0112 not in picture.getexif()  # or viewers would turn it again
 
 
 def test_a_slide_may_be_larger_than_pillow_likes(use, tmp_path, monkeypatch):
@@ -254,15 +305,15 @@ def test_a_slide_may_be_larger_than_pillow_likes(use, tmp_path, monkeypatch):
     assert Image.open(tmp_path / "out" / "a_mask.png").size == (100, 100)
 
 
-def test_a_folder_is_searched_but_not_for_predictions(use, tmp_path):
+def test_a_folder_is_searched_but_not_for_predictions(use, tmp_path, out):
     folder = tmp_path / "slides"
-    for name in ("a.png", "deep/b.TIF", "a_mask.png", "a_overlay.png", "__MACOSX/._a.png"):
+    for name in ("a.png", "deep/b.TIF", "a_mask.png", "a_overlay.png", "__MACOSX/x.png", "._a.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         noise(20, 20).save(folder / name)
     (folder / "notes.txt").write_text("no image")
     noise(20, 20).save(tmp_path / "c.png")
     assert set(use(redness(), folder, tmp_path / "c.png")) == {"a", "b", "c"}
-    assert len(list((tmp_path / "out").iterdir())) == 6
+    assert len(out()) == 6
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: holds no image"):
         use(redness(), tmp_path / "empty")
@@ -277,26 +328,70 @@ def test_two_images_of_one_name_are_refused_before_work_starts(use, tmp_path):
     assert not network.shown
 
 
-def test_masks_beside_the_images_are_never_overwritten(use, tmp_path):
-    (tmp_path / "out").mkdir()
-    noise(20, 20).save(tmp_path / "out" / "a.png")
-    with pytest.raises(ValueError, match="name another folder"):
-        use(redness(), tmp_path / "out" / "a.png")
+def bomb(path):
+    """A PNG of a few bytes that claims to hold 10**12 pixels."""
+    header = struct.pack(">IIBBBBB", 10**6, 10**6, 8, 2, 0, 0, 0)
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks))
 
 
-def test_a_bad_image_is_named_and_the_others_are_done(script, checkpoint, tmp_path):
+def test_a_bad_image_is_named_and_the_others_are_done(script, tmp_path):
+    save_network(tmp_path / "best.pt", "unet")
     noise(130, 70).save(tmp_path / "a.png")
-    noise(90, 100).save(tmp_path / "c.png")
-    whole_file = (tmp_path / "c.png").read_bytes()
-    (tmp_path / "b.png").write_bytes(whole_file[:len(whole_file) // 2])
-    done = script("predict.py", checkpoint, "a.png", "b.png", "absent.png", "c.png", "--out", "o")
-    lines = done.stderr.splitlines()
-    assert done.returncode == 2 and len(lines) == 3
-    assert "b.png" in lines[0] and "absent.png" in lines[1] and "2 of 4 images" in lines[2]
-    assert [line.split(",")[0] for line in done.stdout.splitlines()] == [
-        "a: 130 x 70", "c: 90 x 100"]
+    noise(90, 100).save(tmp_path / "z.png")
+    content = (tmp_path / "z.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[:len(content) // 2])
+    noise(9, 9).save(tmp_path / "exif.png", exif=b"garbage")
+    os.mkfifo(tmp_path / "pipe.png")
+    bomb(tmp_path / "bomb.png")
+    bad = ["cut.png", "exif.png", "pipe.png", "bomb.png", "absent.png"]
+    done = script("predict.py", "best.pt", "a.png", *bad, "z.png", "--out", "o")
+    *lines, last = done.stderr.splitlines()
+    assert done.returncode == 2 and "5 of 7 images could not be used" in last
+    assert len(lines) == 5 and all(name in line for name, line in zip(bad, lines))
+    assert "exceeds limit" in lines[3]  # before any memory was asked for
+    assert "a: 130 x 70, " in done.stdout and "z: 90 x 100, " in done.stdout
     assert sorted(path.name for path in (tmp_path / "o").iterdir()) == [
-        "a_mask.png", "a_overlay.png", "c_mask.png", "c_overlay.png"]
+        "a_mask.png", "a_overlay.png", "z_mask.png", "z_overlay.png"]
+
+
+@pytest.mark.parametrize("error", [MemoryError("100 GB"), RuntimeError("CUDA out of memory")])
+def test_an_image_that_memory_does_not_hold_is_named_and_the_others_are_done(
+        use, tmp_path, capsys, out, error):
+    def answer(images):
+        if images.shape[3] > 32:
+            raise error
+        return images[:, :1]
+
+    for name, side in ("a", 9), ("big", 40), ("z", 9):
+        noise(side, side).save(tmp_path / f"{name}.png")
+    with pytest.raises(ValueError, match="1 of 3 images"):
+        use(Stub(answer), *(tmp_path / f"{name}.png" for name in ("a", "big", "z")),
+            "--probabilities")
+    line, = capsys.readouterr().err.splitlines()
+    assert f"big.png: out of memory ({error}): cut it, or give a smaller --scale" in line
+    assert {name.split("_")[0] for name in out()} == {"a", "z"} and len(out()) == 6
+
+
+def test_a_mistake_in_a_network_is_not_taken_for_lack_of_memory(use, tmp_path):
+    def answer(images):
+        raise RuntimeError("shapes do not fit")
+
+    noise(9, 9).save(tmp_path / "a.png")
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        use(Stub(answer), tmp_path / "a.png")
+
+
+def test_names_that_the_terminal_cannot_show_do_not_end_the_job(script, tmp_path):
+    save_network(tmp_path / "best.pt", "unet")
+    for name in "naïve", "a\udce9", "z":  # the second is no UTF-8
+        noise(20, 20).save(tmp_path / f"{name}.png")
+    done = script("predict.py", "best.pt", "naïve.png", "a\udce9.png", "z.png", "\udce9.png",
+                  "--out", "o", PYTHONIOENCODING="ascii")
+    assert "1 of 4 images" in done.stderr and len(done.stderr.splitlines()) == 2
+    assert done.stdout.count(": 20 x 20, ") == 3 and len(list((tmp_path / "o").iterdir())) == 6
 
 
 def test_what_is_no_checkpoint_ends_with_one_line(script, tmp_path):
@@ -304,6 +399,12 @@ def test_what_is_no_checkpoint_ends_with_one_line(script, tmp_path):
     done = script("predict.py", "best.pt", "a.png")
     assert done.returncode == 2 and done.stderr.startswith("predict.py: best.pt: not a checkpoint")
     assert done.stderr.count("\n") == 1 and not (tmp_path / "predictions").exists()
+
+
+def test_a_checkpoint_of_an_unknown_data_set_is_refused(use, tmp_path):
+    noise(9, 9).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"best\.pt: CLASSES in data\.py .* 'glands'"):
+        use(redness(), tmp_path / "a.png", data="glands")
 
 
 # -----------------------------------------------------------------------------
@@ -329,7 +430,7 @@ def test_mask_of_many_classes_holds_their_indices_in_the_palettes_colours(use, t
     expected = logits.argmax(dim=0).numpy()
     mask = Image.open(tmp_path / "out" / "a_mask.png")
     assert mask.mode == "P" and (np.asarray(mask) == expected).all()
-    assert (np.asarray(mask.convert("RGB")) == data.PALETTE[expected]).all()
+    assert (np.asarray(mask.convert("RGB")) == PALETTE[expected]).all()
     assert shares["a"] == pytest.approx(np.bincount(expected.ravel(), minlength=22) / 6000)
     commonest = int(np.argmax(shares["a"]))
     text = f"{data.CLASSES['bcss512'][commonest]} {100 * shares['a'][commonest]:.1f} %"
@@ -340,19 +441,21 @@ def test_mask_of_many_classes_holds_their_indices_in_the_palettes_colours(use, t
     np.testing.assert_allclose(probabilities, logits.softmax(0).permute(1, 2, 0), atol=1e-3)
 
 
-def test_overlay_outlines_every_region_in_its_colour(use, tmp_path):
+@pytest.mark.parametrize("name, width", [("synthetic", 1), ("bcss", 3)])
+def test_overlay_outlines_every_region_in_its_colour(use, tmp_path, name, width):
     image = noise(3, 150).resize((60, 3000))  # taller than the strips it is drawn in
     image.save(tmp_path / "a.png")
-    for classes, width, palette in (1, 1, [(0, 0, 0), (0, 255, 0)]), (3, 3, data.PALETTE):
-        use(redness(classes), tmp_path / "a.png", data="bcss" if classes == 3 else "synthetic")
-        mask = np.array(Image.open(tmp_path / "out" / "a_mask.png"))
-        expected, rest = np.array(image), mask.copy()
-        for _ in range(width):  # one line of pixels, then what is outermost without it
-            border = data.outline(rest)
-            expected[border] = np.array(palette)[mask[border]]
-            rest[border] = 0
-        assert len(np.unique(mask)) > classes / 2 and (rest > 0).any()
-        assert (np.asarray(Image.open(tmp_path / "out" / "a_overlay.png")) == expected).all()
+    classes = len(data.CLASSES[name])
+    use(redness(classes), tmp_path / "a.png", data=name)
+    mask = np.array(Image.open(tmp_path / "out" / "a_mask.png"))
+    palette = np.array([(0, 0, 0), (0, 255, 0)]) if classes == 1 else PALETTE
+    expected, rest = np.array(image), mask.copy()
+    for _ in range(width):  # one line of pixels, then what is outermost without it
+        border = outline(rest)
+        expected[border] = palette[mask[border]]
+        rest[border] = 0
+    assert len(np.unique(mask)) > classes / 2 and (rest > 0).any()
+    assert (np.asarray(Image.open(tmp_path / "out" / "a_overlay.png")) == expected).all()
 
 
 def test_mask_at_another_scale_comes_back_in_place_and_smooth(use, tmp_path):
@@ -360,9 +463,77 @@ def test_mask_at_another_scale_comes_back_in_place_and_smooth(use, tmp_path):
     disc = (x - 100) ** 2 + (y - 250) ** 2 < 80**2
     Image.fromarray(np.where(disc, 255, 0).astype(np.uint8)).save(tmp_path / "a.png")
     one = Stub(lambda images: 3 * images[:, :1])
-    two = Stub(lambda images: torch.cat((-images[:, :1], images[:, :1]), dim=1), 2)
-    for network, overlap in (one, 0.985), (two, 0.95):  # without interpolation it has steps
-        use(network, tmp_path / "a.png", "--scale", "0.25", data="bcss" if network is two else
-            "synthetic")
+    many = Stub(lambda images: images * torch.tensor([-1, 1, -9]).view(3, 1, 1) - torch.tensor(
+        [0, 0, 99]).view(3, 1, 1), 3)
+    for network, name, overlap in (one, "synthetic", 0.985), (many, "bcss", 0.95):
+        use(network, tmp_path / "a.png", "--scale", "0.25", data=name)
         mask = np.asarray(Image.open(tmp_path / "out" / "a_mask.png")) == 1
-        assert mask.shape == disc.shape and (mask & disc).sum() / (mask | disc).sum() > overlap
+        assert mask.shape == disc.shape  # without interpolation the first has steps
+        assert (mask & disc).sum() / (mask | disc).sum() > overlap
+
+
+# -----------------------------------------------------------------------------
+# What is overwritten
+
+
+def test_masks_beside_the_images_are_never_overwritten(use, tmp_path):
+    (tmp_path / "out").mkdir()
+    noise(20, 20).save(tmp_path / "out" / "a.png")
+    with pytest.raises(ValueError, match="name another folder"):
+        use(redness(), tmp_path / "out" / "a.png")
+
+
+@pytest.mark.parametrize("name", ["b_mask.png", "b_overlay.png", "b_probabilities.npy"])
+def test_a_file_of_somebody_else_is_named_and_kept_before_work_starts(use, tmp_path, out, name):
+    (tmp_path / "out").mkdir()
+    noise(20, 20).save(tmp_path / "out" / name, format="PNG")
+    for image in "a.png", "b.png":
+        noise(20, 20).save(tmp_path / image)
+    before, network = out(), redness()
+    with pytest.raises(ValueError, match=rf"{name}: predict\.py has not written it .* --out"):
+        use(network, tmp_path / "a.png", tmp_path / "b.png")
+    assert out() == before and not network.shown
+
+
+def test_a_command_can_be_repeated_until_a_mask_was_edited(use, tmp_path, out):
+    noise(20, 20).save(tmp_path / "a.png")
+    use(redness(), tmp_path / "a.png", "--probabilities")
+    first, mask = out(), tmp_path / "out" / "a_mask.png"
+    use(Stub(lambda images: images[:, :1], 1), tmp_path / "a.png", "--probabilities")
+    assert out().keys() == first.keys() and all(out()[name] != first[name] for name in first)
+    Image.open(mask).save(mask)  # as any editor does, with no text of ours in it
+    with pytest.raises(ValueError, match="a_mask.png: predict.py has not written it"):
+        use(redness(), tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("kind", ["mask", "overlay"])
+def test_a_full_disk_leaves_the_earlier_pictures_whole(use, tmp_path, monkeypatch, out, kind):
+    noise(20, 20).save(tmp_path / "a.png")
+    use(redness(), tmp_path / "a.png")
+    before, save = out(), Image.Image.save
+
+    def fail(image, file, **options):
+        if kind in file.name:
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")
+        save(image, file, **options)
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match=f"a_{kind}.png: cannot be written .No space left"):
+        use(Stub(lambda images: images[:, :1]), tmp_path / "a.png")
+    assert out().keys() == before.keys()
+    assert out()[f"a_{kind}.png"] == before[f"a_{kind}.png"]
+
+
+def test_an_interruption_leaves_the_earlier_files_whole(use, tmp_path, out):
+    def answer(images):
+        if network.shown[1:]:  # not in the first row of tiles
+            raise KeyboardInterrupt
+        return images[:, :1]
+
+    noise(20, 200).save(tmp_path / "a.png")
+    use(redness(), tmp_path / "a.png", "--probabilities")
+    before, network = out(), Stub(answer)
+    with pytest.raises(KeyboardInterrupt):
+        use(network, tmp_path / "a.png", "--probabilities")
+    assert out() == before and len(network.shown) == 2

@@ -5,7 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -131,6 +134,35 @@ def test_interrupted_download_goes_on_where_it_stopped(place):
     assert place.run("bcss")["files"] == ["c.png", "c.png"]
 
 
+class Stalling(BaseHTTPRequestHandler):
+    """Serves `server.content`: 200 bytes and then nothing for 20 s; but all that is left of it."""
+
+    def do_GET(self):
+        content, start = self.server.content, int((self.headers["Range"] or "bytes=0-")[6:-1])
+        self.server.starts.append(start)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        self.wfile.write(content[start:] if start else content[:200])
+        time.sleep(0 if start else 20)
+
+
+def test_stalled_download_ends_and_goes_on_where_it_stopped(place):
+    server, curl = ThreadingHTTPServer(("127.0.0.1", 0), Stalling), place.far / "curl"
+    server.content, server.starts = place.bcss.read_bytes(), []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    curl.write_text(f"""#!/usr/bin/env bash
+        exec '{shutil.which("curl")}' --noproxy '*' "${{@/#60/1}}"  # seconds for minutes""")
+    curl.chmod(0o755)
+    place.env |= {"BCSS_URL": f"http://127.0.0.1:{server.server_port}/x",
+                  "PATH": f"{place.far}:{os.environ['PATH']}"}
+    start = time.time()
+    assert place.run("bcss")["files"] == ["c.png", "c.png"]
+    assert server.starts == [0, 200] and time.time() - start < 15
+    server.shutdown()
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_part_file_that_is_complete_already_is_taken(place, known):
     gone = place.far / "gone.zip"
@@ -204,6 +236,14 @@ def test_from_folders_are_used_in_place_from_anywhere(place):
     ran = place.run("monuseg", "--from", ".", "../far/more", "--later-images", cwd=place.mine)
     assert ran["argv"][-1] == "--later-images" and ran["files"] == ["a.tif", "b.tif"]
     assert not place.raw.exists()
+
+
+def test_from_follows_links(place):
+    shutil.unpack_archive(place.train, place.far / "deep")
+    (place.mine / "inside").symlink_to(place.far / "deep")
+    for link, target in ("top", place.far / "deep"), ("to mine", place.mine):
+        (place.repo / link).symlink_to(target)
+        assert place.run("monuseg", "--from", link)["argv"][3:] == [str(place.repo / link)]
 
 
 def test_from_archives_are_unpacked_once_and_not_into_the_users_folder(place):

@@ -1,23 +1,24 @@
 """report.py: the tables of results/README.md, worked out by hand from made-up runs."""
 
+import copy
 import json
-import runpy
-import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, fit, refused
 
 import report
 import train
-from eval import draw_curves
+from losses import RECIPE_VERSION
+from plots import draw_curves
+from utils import ARGS
 
 
 def scores(skip, seed, tiles, *flags, ious=(0.3, 0.7), data="monuseg"):
     """What train.py writes after two epochs of 90 s: three test tiles of two images."""
     args = vars(train.parse_args(["--data", data, "--skip", skip, "--seed", str(seed), *flags]))
-    args = {name: args[name] for name in train.RECIPE}
     iou = sum(tiles) / len(tiles)
-    return {"args": args, "weights": "from scratch", "epoch": 2, "seconds": [90.0, 180.0],
+    return {"args": {name: args[name] for name in ARGS}, "recipe_version": RECIPE_VERSION,
+            "weights": "from scratch", "epoch": 2, "seconds": [90.0, 180.0],
             "log": [{"epoch": n, "train_loss": 1 / n, "val_loss": 1 / n, "val_iou_per_tile": iou}
                     for n, iou in enumerate(ious, 1)],
             "images": ["A", "A", "B"], "tiles": list(tiles), "torch": "2.15", "device": "abacus",
@@ -28,19 +29,99 @@ RUNS = [scores("standard", 0, (0.5, 0.7, 0.6)), scores("standard", 1, (0.5, 0.5,
         scores("conv", 0, (0.6, 0.8, 0.7)), scores("conv", 1, (0.6, 0.6, 0.9), ious=(0.2, 0.6)),
         scores("conv", 2, (0.1, 0.1, 0.1)), scores("fusion", 1, (0.5, 0.5, 0.5)),
         scores("fusion", 0, (0.5, 0.7, 0.6), "--width", "8", "--epochs", "2")]
+NOTHING = {"iou": None, "f1": None}  # no test tile shows any class
+EMPTY = [scores(skip, 0, (0, 0, 0)) | {"tiles": [None] * 3, "per_tile": NOTHING, "global": NOTHING}
+         for skip in ("standard", "conv")]
 
 
 def cells(table):
-    return [[cell.strip() for cell in line.strip("|").split("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")]
             for line in table.splitlines()[2:]]
+
+
+# Tables
+
+
+def test_the_papers_table_2():
+    columns = "bcss", "bcss512", "monuseg"
+    rows = [("unet", "standard", (30.44, 53.70), (23.96, 34.04), (66.27, 79.45)),
+            ("unet", "conv", (33.78, 47.42), (23.45, 33.70), (67.32, 80.28)),
+            ("unet", "fusion", None, None, (65.68, 79.03)),
+            ("swin_unet", "standard", (57.55, 64.39), (47.45, 53.84), (63.98, 77.65)),
+            ("swin_unet", "conv", (57.23, 64.16), (45.78, 53.12), (64.78, 78)),
+            ("swin_unet", "fusion", (56.59, 63.69), (48.11, 55.06), (63.42, 76.96))]
+    assert report.PAPER == {(name, model, skip): pair for model, skip, *pairs in rows
+                            for name, pair in zip(columns, pairs) if pair}
+
+
+def test_table_1_shows_every_combination_beside_the_papers_two_counts():
+    rows = {tuple(row[:2]): row[2:] for row in cells(report.table_1([]))}
+    assert rows.keys() == {(model, skip) for model in report.MODELS for skip in report.SKIPS}
+    assert rows["unet", "standard"] == ["31,043,521", "31,043,651", "31,044,886", "31,043,521"]
+    assert rows["swin_unet", "conv"] == ["35,383,483", "35,383,613", "35,384,848", "35,383,483"]
+    assert rows["unet", "fusion"][3] == rows["swin_unet", "standard"][3] == "-"
+
+
+def result(iou, f1, *flags, skip="standard", data="monuseg", weights="from scratch",
+           version=RECIPE_VERSION):
+    return scores(skip, 0, (0, 0, 0), *flags, data=data) | {
+        "recipe_version": version, "weights": weights, "per_tile": {"iou": iou, "f1": f1},
+        "global": {"iou": iou - 0.1, "f1": f1 - 0.1}}
+
+
+MIXED = [result(0.70, 0.80, skip="conv"), result(0.72, 0.81, "--seed", "1", skip="conv"),
+         result(0.74, 0.85, "--seed", "2", skip="conv"), result(0.6543, 0.7654, "--width", "32"),
+         result(0.66, 0.77, "--epochs", "5"), result(0.5, 0.6, skip="conv", data="bcss"),
+         result(0.4, 0.5, "--model", "swin_unet", weights="a file"),
+         result(0.3, 0.5, "--model", "swin_unet"), result(0.67, 0.78, version=1),
+         result(0.2, 0.5, "--ignore-index", "0", "2", skip="conv", data="bcss"),
+         result(0.6, 0.7, "--split", "image")]
+
+
+def test_table_2_is_mean_and_deviation_over_seeds_of_runs_that_differ_in_nothing_else():
+    rows, whole = ({tuple(row[:3]): row[3:] for row in cells(report.table_2(MIXED, average))}
+                   for average in ("per_tile", "global"))
+    assert len(rows) == 9
+    assert rows["monuseg, tile", "unet", "conv"] == [  # deviations: sqrt(8 / 2), sqrt(14 / 2)
+        "72.00 ± 2.00 (67.32)", "82.00 ± 2.65 (80.28)", "3"]
+    assert rows["bcss, tile", "unet", "conv"] == ["50.00 (33.78)", "60.00 (47.42)", "1"]
+    assert rows["monuseg, tile", "swin_unet", "standard"] == ["40.00 (63.98)", "50.00 (77.65)", "1"]
+    for name, skip, ious in [  # none of them is the paper's
+            ("monuseg, tile", "unet --width 32", ("65.43", "76.54")),
+            ("monuseg, tile", "unet --epochs 5", ("66.00", "77.00")),
+            ("monuseg, tile", "unet (recipe 1)", ("67.00", "78.00")),
+            ("monuseg, tile", "swin_unet --no-pretrained", ("30.00", "50.00")),
+            ("monuseg, image", "unet", ("60.00", "70.00"))]:
+        assert rows[name, skip, "standard"] == [*ious, "1"]
+    assert rows["bcss, tile", "unet --ignore-index 0 2", "conv"] == ["20.00", "50.00", "1"]
+    assert whole["monuseg, tile", "unet", "conv"] == ["62.00 ± 2.00", "72.00 ± 2.65", "3"]
+
+
+def test_two_runs_of_one_seed_are_refused():
+    with pytest.raises(ValueError, match=r"two runs of monuseg, tile, unet, conv .*\[0, 1, 2, 2\]"):
+        report.table_2([*MIXED, MIXED[2]], "per_tile")
+
+
+def test_skips_stand_in_their_own_order_and_all_are_compared_with_the_first():
+    runs = [scores(skip, 0, (0.5, 0.5, 0.5)) for skip in reversed(report.SKIPS)]
+    first, *others = report.SKIPS
+    assert [row[2] for row in cells(report.table_2(runs, "global"))] == [first, *others]
+    assert [row[2] for row in cells(report.skip_differences(runs))] == [
+        f"{skip} - {first}" for skip in others]
 
 
 def test_skips_are_compared_seed_by_seed_and_image_by_image():
     conv, fusion = cells(report.skip_differences(RUNS))  # width 8 has no standard beside it
-    assert conv[:3] == ["unet", "monuseg, tile", "conv - standard"]
+    assert conv[:3] == ["monuseg, tile", "unet", "conv - standard"]
     # Seeds: +10 and +20, deviation 7.07. Images: A +10 and +10, B +10 and +40.
     assert conv[3:] == ["+15.00 ± 5.00 (n = 2)", "+17.50 ± 7.50 (n = 2)", "0.00 / 7.07", "+1.05"]
     assert fusion[3:5] == ["+0.00 (n = 1)", "+0.00 ± 0.00 (n = 2)"] and fusion[5] == "-"
+
+
+def test_runs_tested_on_other_images_are_not_compared():
+    other = scores("conv", 0, (0.5, 0.5, 0.5)) | {"images": ["A", "A", "C"]}
+    with pytest.raises(ValueError, match="monuseg, tile, unet, conv and .* different test"):
+        report.skip_differences([RUNS[0], other])
 
 
 def test_tiles_without_a_class_and_sets_without_the_papers_number():
@@ -52,10 +133,19 @@ def test_tiles_without_a_class_and_sets_without_the_papers_number():
     assert len(cells(report.time_to_paper(runs))) == 1  # the paper could not train the other
 
 
+def test_runs_of_which_no_test_tile_shows_a_class_have_dashes():
+    for average, expected in ("per_tile", ["- (67.32)", "- (80.28)"]), ("global", ["-", "-"]):
+        assert cells(report.table_2(EMPTY, average))[1][3:] == [*expected, "1"]
+    assert cells(report.skip_differences(EMPTY)) == []
+    assert [row[1:3] for row in cells(report.commands(EMPTY))] == [["-, -", "-, -"]] * 2
+    mixed = cells(report.table_2([EMPTY[0], scores("standard", 1, (0.5, 0.5, 0.5))], "per_tile"))
+    assert mixed[0][3:] == ["50.00 (66.27)", "50.00 (79.45)", "2"]
+
+
 def test_time_to_the_papers_score_ends_with_the_epoch_that_passes_it():
-    rows = {(row[0], row[1], row[3]): row[4:] for row in cells(report.time_to_paper(RUNS))}
+    rows = {tuple(row[1:4]): row[4:] for row in cells(report.time_to_paper(RUNS))}
     assert rows["unet", "conv", "0"] == ["67.32", "3.0 min, epoch 2", "70.00", "3.0 min, 2 epochs",
-                                         "abacus", "2 h"]
+                                         "2 h"]
     assert rows["unet", "conv", "1"][1:3] == ["not reached", "60.00"]
     assert not cells(report.time_to_paper([scores("conv", 0, (0, 0, 0), "--split", "image")]))
 
@@ -65,52 +155,139 @@ def test_every_run_is_told_by_the_command_that_repeats_it():
         start, flags = told.strip("`").split(" train.py ")
         assert start == "python"
         again = vars(train.parse_args(flags.split()))
-        assert {name: again[name] for name in train.RECIPE} == result["args"]
+        assert {name: again[name] for name in ARGS} == result["args"]
         assert row == [f"{100 * result['per_tile']['iou']:.2f}, 50.00", "40.00, 60.00", "2",
-                       "3.0 min", "abacus, torch 2.15", "from scratch"]
+                       "3.0 min", str(RECIPE_VERSION), "abacus, torch 2.15", "from scratch"]
     (told, *_), = cells(report.commands([RUNS[0] | {"processes": 8}]))
     assert told.startswith("`torchrun --nproc-per-node 8 train.py --model unet ")
 
 
-def test_a_curve_is_the_mean_over_seeds_of_one_network_on_one_split():
+def test_a_curve_is_drawn_from_all_seeds_of_one_network_on_one_split():
     others = [scores("conv", 0, (0, 0, 0), *flags) for flags in
               (("--split", "image"), ("--model", "swin_unet"))]
-    tile, *alone = report.mean_logs([*RUNS, *others]).values()
-    assert [[*by_name.values()] for by_name in alone] == [[other["log"]] for other in others]
-    assert {*tile} == {"unet, standard skip, mean of 2 seeds", "unet, conv skip, mean of 3 seeds",
-                       "unet, fusion skip", "unet --epochs 2 --width 8, fusion skip"}
-    first, last = tile["unet, conv skip, mean of 3 seeds"]
-    assert first == pytest.approx({"epoch": 1, "train_loss": 1, "val_loss": 1,
-                                   "val_iou_per_tile": (0.3 + 0.2 + 0.3) / 3})
-    assert last["val_iou_per_tile"] == pytest.approx((0.7 + 0.6 + 0.7) / 3)
+    pictures = report.training_curves([*RUNS, *others])
+    assert [*pictures] == [f"curves-monuseg-{name}.png" for name in
+                           ("tile-unet", "image-unet", "tile-swin_unet")]
+    tile, *alone = pictures.values()
+    assert [[*by_name.values()] for by_name in alone] == [[[other["log"]]] for other in others]
+    assert {*tile} == {"unet, standard skip, 2 seeds", "unet, conv skip, 3 seeds",
+                       "unet, fusion skip, 1 seed",
+                       "unet --epochs 2 --width 8, fusion skip, 1 seed"}
+    assert tile["unet, conv skip, 3 seeds"] == [run["log"] for run in RUNS[2:5]]
 
 
-def test_tables_are_replaced_and_words_stay(tmp_path, monkeypatch, capsys):
-    page, files = tmp_path / "page.md", []
-    words = "Mine.\n\n<!-- {} -->\nold | table\n<!-- end -->\n\nMine too.\n"
-    page.write_text("".join(words.format(name) for name in report.TABLES))
-    for number, result in enumerate(RUNS):
-        files.append(str(tmp_path / f"{number}.json"))
-        (tmp_path / f"{number}.json").write_text(json.dumps(result))
-    report.main(report.parse_args([*files, "--page", str(page)]))
-    once = page.read_text("utf-8")
-    draw_curves(report.mean_logs(RUNS)["monuseg", "tile", "unet"], tmp_path / "same.png")
-    drawn = tmp_path / "curves-monuseg-tile-unet.png"
-    assert drawn.read_bytes() == (tmp_path / "same.png").read_bytes() and drawn.name in once
-    assert "old" not in once and once.count("Mine") == 2 * len(report.TABLES)
-    assert all(table(RUNS) in once for table in report.TABLES.values())
-    report.main(report.parse_args([*files, "--page", str(page)]))
-    assert page.read_text("utf-8") == once
+# The page
 
-    page.write_text(words.format("no such"))
-    (tmp_path / "bad.json").write_text("[1, 2]")
-    for given, named in ([files[0]], "no such"), ([str(tmp_path / "bad.json")], "bad.json"):
-        monkeypatch.setattr(sys, "argv", ["report.py", *given, "--page", str(page)])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(ROOT / "report.py"), run_name="__main__")
-        line, = capsys.readouterr().err.splitlines()
-        assert stop.value.code == 2 and named in line
-    assert page.read_text() == words.format("no such")
+
+def write_runs(folder, results=RUNS):
+    paths = [folder / f"{number}.json" for number in range(len(results))]
+    for path, result in zip(paths, results):
+        path.write_text(json.dumps(result))
+    return paths
+
+
+def report_on(folder, results=RUNS, words=None):
+    """Run report.py on a page beside the runs, of `words` or a new one -> its text."""
+    page = folder / "page.md"
+    if words is not None:
+        page.write_text(words, "utf-8")
+    report.main(report.parse_args([*map(str, write_runs(folder, results)), "--page", str(page)]))
+    return page.read_text("utf-8")
+
+
+def test_tables_are_replaced_and_words_stay(tmp_path):
+    names = [name for name in report.TABLES if name != "parameters"]
+    words = "".join(f"Mine é.\n\n<!-- {name} -->\nold | table\n<!-- end -->\n" for name in names)
+    once = report_on(tmp_path, words=words)
+    assert "old" not in once and once.count("Mine é.") == len(names)
+    assert all(f"<!-- {name} -->\n{report.TABLES[name](RUNS)}\n<!-- end -->" in once
+               for name in names)
+    assert report_on(tmp_path) == once
+
+
+def test_curves_are_drawn_beside_the_page_that_shows_them(tmp_path):
+    page = report_on(tmp_path, words="<!-- curves -->\n<!-- end -->")
+    drawn, = tmp_path.glob("*.png")
+    draw_curves(report.training_curves(RUNS)[drawn.name]).save(tmp_path / "same.png")
+    assert drawn.read_bytes() == (tmp_path / "same.png").read_bytes()
+    assert f"]({drawn.name})" in page
+
+
+def test_a_page_that_is_not_there_yet_gets_all_tables(tmp_path):
+    page = report_on(tmp_path)
+    assert page.startswith("# ") and "| swin_unet | fusion | 36,418,363 |" in page
+    for name, table in report.TABLES.items():
+        assert f"\n<!-- {name} -->\n" in page
+        assert name == "parameters" or f"-->\n{table(RUNS)}\n<!-- end -->\n" in page
+
+
+EVIL = "a|b <!-- end --> <!-- parameters -->\nc\r\n\n| d"
+
+
+def test_texts_out_of_a_file_cannot_break_the_page(tmp_path):
+    runs = [scores("conv", 0, (0.5, 0.5, 0.5)) | {"weights": EVIL, "device": EVIL, "torch": EVIL}]
+    words = "Mine.\n\n<!-- commands -->\n<!-- end -->\n\nMine too.\n"
+    page = report_on(tmp_path, runs, words)
+    assert page.startswith("Mine.\n\n<!-- commands -->\n| Command |")
+    assert page.endswith(" |\n<!-- end -->\n\nMine too.\n") and page.count("<!--") == 2
+    lines = page.splitlines()[3:-3]
+    assert {line.replace("\\|", "").count("|") for line in lines} == {9} and len(lines) == 3
+    assert report_on(tmp_path, runs) == page
+
+
+def test_a_page_with_an_unknown_table_or_one_without_end_is_refused_and_stays(tmp_path, capsys):
+    paths, page = write_runs(tmp_path), tmp_path / "page.md"
+    for words, named in [("<!-- no such -->\n<!-- end -->", "no such"),
+                         ("<!-- curves -->\nMine.\n<!-- commands -->\n<!-- end -->", "'curves'")]:
+        page.write_text(words)
+        line = refused(capsys, report, *paths, "--page", page)
+        assert str(page) in line and named in line and page.read_text() == words
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_page_alone(tmp_path, capsys):
+    paths, page = write_runs(tmp_path), tmp_path / "page.md"
+    page.write_text("<!-- commands -->\nold\n<!-- end -->\n")
+    (tmp_path / "curves-monuseg-tile-unet.png").mkdir()
+    line = refused(capsys, report, *paths, "--page", page)
+    assert "curves-monuseg-tile-unet.png: cannot be written" in line
+    assert page.read_text() == "<!-- commands -->\nold\n<!-- end -->\n"
+
+
+NOT_SCORES = {  # what is changed in the scores.json of a run -> what its text is then
+    "no JSON": lambda run: "nucleus", "half a file": lambda run: json.dumps(run)[:400],
+    "no dict": lambda run: [run], "empty": lambda run: "", "nested": lambda run: "[" * 100_000,
+    "args missing": lambda run: run.pop("args") and run,
+    "args a list": lambda run: run | {"args": [*run["args"].items()]},
+    "an arg missing": lambda run: run["args"].pop("lr") and run,
+    "log of texts": lambda run: run | {"log": ["epoch 1", "epoch 2"]},
+    "log empty": lambda run: run | {"log": [], "seconds": []},
+    "loss not a number": lambda run: run["log"][0].update(val_loss=float("nan")) or run,
+    "a second missing": lambda run: run | {"seconds": [90.0]},
+    "a number for a list": lambda run: run | {"images": 3},
+    "a tile missing": lambda run: run | {"tiles": run["tiles"][1:]},
+    "a text for a score": lambda run: run | {"per_tile": {"iou": "high", "f1": 0.5}},
+    "no recipe version": lambda run: run.pop("recipe_version") and run,
+    "data unknown": lambda run: run["args"].update(data="../../data") or run,
+    "split unknown": lambda run: run["args"].update(split="../tile") or run,
+    "skip unknown": lambda run: run["args"].update(skip="bridge") or run,
+    "model unknown": lambda run: run["args"].update(model="transformer") or run}
+
+
+@pytest.mark.parametrize("kind", NOT_SCORES)
+def test_what_is_no_scores_json_is_refused_by_name(tmp_path, capsys, kind):
+    path, content = tmp_path / "bad.json", NOT_SCORES[kind](copy.deepcopy(RUNS[0]))
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    line = refused(capsys, report, *write_runs(tmp_path), path, "--page", tmp_path / "page.md")
+    assert f"{path}: not the scores.json of a run" in line
+    assert not (tmp_path / "page.md").exists()
+
+
+@pytest.mark.usefixtures("tiny_set")
+def test_scores_of_a_run_are_as_a_report_takes_them(whole, tmp_path):
+    fit(tmp_path / "run", "--seed", "1", "--epochs", "1", "--skip", "fusion")
+    results = [report.read_scores(out / "scores.json") for out in (whole.out, tmp_path / "run")]
+    page = report_on(tmp_path, results, "<!-- commands -->\n<!-- end -->\n")
+    assert f"| {100 * whole.score:.2f}, " in page
 
 
 def test_the_committed_page_is_what_its_runs_give(tmp_path):

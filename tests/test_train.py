@@ -15,66 +15,35 @@ import re
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import NOT_CHECKPOINTS, PARTS, ROOT, arguments, edited, fit, load, made_up_tiles
+from conftest import refused as refused_by
 from PIL import Image
 from torch import nn
 
 import data
 import eval as evaluation
 import train
+import utils
 from losses import loss_for
-from models import build_model, create_model
+from models import SKIPS, build_model, create_model
 
-FLAGS = "--data monuseg --width 2 --batch-size 2 --epochs 3 --device cpu".split()
+pytestmark = pytest.mark.usefixtures("tiny_set")
 OFTEN = "--save-every", "0.000001"  # minutes: after every step
 COLUMNS = ["epoch", "train_loss", "val_loss", "val_iou_per_tile", "val_f1_per_tile",
            "val_iou_global", "val_f1_global"]
 
 
-def made_up_tiles(*_):
-    """Stands for data.load: grey tiles, two of each image, each with one dark rectangle."""
-    rng = np.random.default_rng(0)
-    masks = np.zeros((16, 32, 32), np.uint8)
-    for mask in masks:
-        top, left, height, width = *rng.integers(0, 16, 2), *rng.integers(8, 16, 2)
-        mask[top:top + height, left:left + width] = 1
-    images = 200 - 110 * masks[..., None] + rng.integers(-30, 30, (16, 32, 32, 3))
-    rows = [(f"image-{i // 2}", 0, i % 2, "test" if i > 11 else "train") for i in range(16)]
-    return torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(masks), rows
-
-
-PARTS = data.split_tiles("monuseg", made_up_tiles()[2], "tile")  # 11, 3 and 2 tiles
-
-
-def arguments(out, *flags):
-    return [*FLAGS, "--out", str(out), *flags]
-
-
-def fit(out, *flags):
-    return train.main(train.parse_args(arguments(out, *flags)))
-
-
 def refused(capsys, out, *flags):
     """Give a command that must end with status 2 -> the one line that it says."""
-    with pytest.raises(SystemExit) as stop:
-        data.run(train.main, train.parse_args(arguments(out, *flags)))
-    *usage, line = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and (not usage or usage[0].startswith("usage: "))
-    return line
-
-
-def load(path):
-    """A checkpoint without its clock, in which alone equal runs may differ."""
-    checkpoint = torch.load(path, weights_only=True)
-    return {name: checkpoint[name] for name in checkpoint if name != "seconds"}
+    return refused_by(capsys, train, *arguments(out, *flags))
 
 
 def read_scores(out):
@@ -85,7 +54,7 @@ def read_scores(out):
 
 
 def content(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
 def read_log(out):
@@ -114,34 +83,15 @@ def assert_same_run(out, whole):
     assert same(load(out / "last.pt"), load(whole / "last.pt"))
     assert read_scores(out) == read_scores(whole)
     out, whole = content(out), content(whole)
-    assert sorted(out) == sorted(whole) and out["log.csv"] == whole["log.csv"]
+    assert sorted(name for name in out if name[0] != ".") == sorted(whole) and out["log.csv"] == whole["log.csv"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tiny_world():
-    """The made-up tiles, and one thread: on such small maps a second one only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "load", made_up_tiles)
-        patch.setattr(evaluation, "load", made_up_tiles)
-        patch.setenv("PYTHONPATH", str(ROOT))  # for `start`
-        yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """An uninterrupted run of three epochs of five steps."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    return SimpleNamespace(score=fit(out), out=out)
-
-
-def command(flags, before, environment, notes):
+def command(flags, before, environment, notes, folder):
     """The body of a process: `python train.py` on the made-up tiles, its output in files."""
     sys.stdout, sys.stderr = open(f"{notes}.out", "w"), open(f"{notes}.err", "w")
     sys.argv = ["train.py", *flags]
     os.environ.update(environment)
+    os.chdir(folder)
     torch.set_num_threads(1)
     data.load = made_up_tiles
     before()
@@ -149,16 +99,17 @@ def command(flags, before, environment, notes):
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(tmp_path, monkeypatch):
     """Start train.py in a process -> it, with `said(suffix)`, the text of its .out or .err."""
-    def begin(out, *flags, before=os.getpid, **environment):
+    def begin(out, *flags, before=os.getpid, folder=tmp_path, **environment):
         notes = tmp_path / f"process-{len(started)}"
-        started.append(processes.Process(
-            target=command, args=(arguments(out, *flags), before, environment, notes)))
+        started.append(processes.Process(target=command, args=(
+            arguments(out, *flags), before, environment, notes, folder)))
         started[-1].start()
         started[-1].said = lambda suffix: Path(f"{notes}{suffix}").read_text()
         return started[-1]
 
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
     started, processes = [], multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["train"])
     yield begin
@@ -178,8 +129,9 @@ def stop_before_batch(patch, number):
     def augment(*args):
         if next(count) == number:
             raise KeyboardInterrupt
-        return data.augment(*args)
-    patch.setattr(train, "augment", augment)
+        return original(*args)
+    original = data.augment
+    patch.setattr(data, "augment", augment)
 
 
 # What a run leaves behind
@@ -189,7 +141,8 @@ def test_a_run_writes_a_log_curves_and_checkpoints_of_plain_values(whole):
     assert {*content(whole.out)} == {"best.pt", "curves.png", "last.pt", "log.csv", "scores.json"}
     scores = read_scores(whole.out)
     assert scores["per_tile"]["iou"] == whole.score and scores["args"]["width"] == 2
-    assert scores["images"] == [made_up_tiles()[2][index][0] for index in PARTS["test"]]
+    assert scores["images"] == [made_up_tiles().rows[index][0] for index in PARTS["test"]]
+    assert scores["recipe_version"] == train.RECIPE_VERSION
     assert scores["log"] == read_log(whole.out) and torch.__version__ == scores["torch"]
     assert "cpu" in scores["device"] and len(scores["tiles"]) == len(scores["images"])
     assert [list(row) for row in read_log(whole.out)] == 3 * [COLUMNS]
@@ -212,10 +165,10 @@ def test_scores_are_those_of_untouched_tiles_worked_out_by_hand(whole):
             found, mask = model(image)[0, 0].numpy() > 0, masks[index].numpy() == 1
         return (found & mask).sum() / (found | mask).sum()
 
-    images, masks, _ = made_up_tiles()
+    images, masks = made_up_tiles().images, made_up_tiles().masks
     best = load(whole.out / "best.pt")
     model = build_model(best, "").eval()
-    validated = read_log(whole.out)[best["epoch"] - 1]["val_iou_per_tile"]
+    validated = read_log(whole.out)[len(best["log"]) - 1]["val_iou_per_tile"]
     assert validated == pytest.approx(np.mean([iou(index) for index in PARTS["val"]]))
     assert whole.score == pytest.approx(np.mean([iou(index) for index in PARTS["test"]])) != 0
 
@@ -224,11 +177,11 @@ def test_best_is_the_epoch_of_the_best_validation_iou_also_after_a_resume(tmp_pa
     def run(out, ious, *flags):  # one for each epoch's validation, and one for the test
         def score(confusions, *args):
             tested[out] = confusions
-            result = evaluation.score(confusions, *args)
+            result = evaluation.compute_metrics(confusions, *args)
             return result | {"per_tile": result["per_tile"] | {"iou": next(values)}}
 
         values = iter(ious)
-        monkeypatch.setattr(train, "score", score)
+        monkeypatch.setattr(train, "compute_metrics", score)
         assert fit(tmp_path / out, *flags) == ious[-1]
         return load(tmp_path / out / "best.pt")
 
@@ -237,8 +190,9 @@ def test_best_is_the_epoch_of_the_best_validation_iou_also_after_a_resume(tmp_pa
     best = run("run", [0.1, 0.4, 0.3, 0.0])
     assert same(best["model"], load(tmp_path / "two/last.pt")["model"])
     assert torch.equal(tested["run"], tested["two"])
-    assert run("run", [0.35, 0.0], "--epochs", "4", "--resume")["epoch"] == best["epoch"] == 2
-    assert run("run", [0.45, 0.0], "--epochs", "5", "--resume")["epoch"] == 5
+    assert len(best["log"]) == 2
+    assert len(run("run", [0.35, 0.0], "--epochs", "4", "--resume")["log"]) == 2
+    assert len(run("run", [0.45, 0.0], "--epochs", "5", "--resume")["log"]) == 5
 
 
 @pytest.mark.parametrize("name, model, epochs, batch_size, lr", [
@@ -246,21 +200,76 @@ def test_best_is_the_epoch_of_the_best_validation_iou_also_after_a_resume(tmp_pa
     ("bcss", "unet", 10, 50, 1e-3), ("bcss", "swin_unet", 10, 50, 1e-5),
     ("bcss512", "unet", 10, 50, 1e-3), ("bcss512", "swin_unet", 10, 50, 1e-5)])
 def test_defaults_are_the_papers_recipe(name, model, epochs, batch_size, lr):
-    for skip in "standard", "conv", "fusion":
+    for skip in SKIPS:
         args = train.parse_args(["--data", name, "--model", model, "--skip", skip, "--seed", "3"])
         assert (args.epochs, args.batch_size, args.lr) == (epochs, batch_size, lr)
         assert (args.width, args.split) == (64, "tile") and not args.ignore_index
         assert args.out == Path(f"runs/{name}-{model}-{skip}-seed3")
 
 
-@pytest.mark.parametrize("removed", [[], ["last.pt"]], ids=["whole", "without last.pt"])
-def test_a_run_is_never_overwritten(tmp_path, capsys, removed):
+@pytest.mark.parametrize("flags, folder", [
+    ("--data monuseg --width 32", "monuseg-unet-standard-width32-seed0"),
+    ("--data monuseg --split official", "monuseg-unet-standard-official-seed0"),
+    ("--data bcss --ignore-index 0 2", "bcss-unet-standard-ignoreindex0-2-seed0"),
+    ("--data monuseg --model swin_unet --no-pretrained --lr 1e-4 --epochs 5",
+     "monuseg-swin_unet-standard-epochs5-lr0.0001-scratch-seed0")])
+def test_runs_that_differ_have_folders_of_their_own(flags, folder):
+    assert train.parse_args(flags.split()).out == Path("runs", folder)
+
+
+def test_a_run_is_never_overwritten(tmp_path, capsys):
     fit(tmp_path / "run", "--epochs", "1")
-    for name in removed:
-        (tmp_path / "run" / name).unlink()
     before = content(tmp_path / "run")
     assert "--out" in refused(capsys, tmp_path / "run", "--seed", "1")
     assert content(tmp_path / "run") == before
+    (tmp_path / "run/last.pt").unlink()
+    for flags in (), ("--resume",):
+        assert "--out" in refused(capsys, tmp_path / "run", *flags)
+    del before["last.pt"]
+    assert content(tmp_path / "run") == before
+
+
+def test_a_run_that_has_not_saved_a_step_does_not_block_its_folder(tmp_path, monkeypatch, whole):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_before_batch(patch, 2)
+        fit(tmp_path / "run")
+    assert fit(tmp_path / "run") == whole.score
+
+
+def test_resume_starts_a_run_that_is_not_there_and_says_so_of_one_that_is_finished(
+        tmp_path, whole, capsys):
+    assert fit(tmp_path / "run", "--resume") == whole.score
+    assert_same_run(tmp_path / "run", whole.out)
+    before, stamp = content(tmp_path / "run"), (tmp_path / "run/last.pt").stat().st_mtime_ns
+    capsys.readouterr()
+    assert fit(tmp_path / "run", "--resume") == whole.score
+    assert "is finished" in capsys.readouterr().out
+    assert content(tmp_path / "run") == before
+    assert (tmp_path / "run/last.pt").stat().st_mtime_ns == stamp
+
+
+def test_two_runs_in_one_folder_at_once_are_refused(start, tmp_path, capsys):
+    process = start(tmp_path / "run", "--epochs", "999", *OFTEN)
+    wait_for_save(process, tmp_path / "run/last.pt")
+    line = refused(capsys, tmp_path / "run", "--epochs", "999", "--resume")
+    assert str(tmp_path / "run") in line and "another process" in line
+    assert process.is_alive()
+
+
+@pytest.mark.parametrize("name", ["best.pt", "log.csv"])
+def test_a_kill_between_an_epochs_writes_loses_none_of_them(tmp_path, monkeypatch, whole, name):
+    """last.pt is written first and knows the epoch; the others catch up on a resume."""
+    def crash(path):
+        if path.name == name and len(load(path.with_name("last.pt"))["log"]) == best:
+            raise KeyboardInterrupt
+        return write_atomic(path)
+
+    best, write_atomic = len(load(whole.out / "best.pt")["log"]), utils.write_atomic
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train if name == "log.csv" else utils, "write_atomic", crash)
+        fit(tmp_path / "run")
+    assert fit(tmp_path / "run", "--resume") == whole.score
+    assert_same_run(tmp_path / "run", whole.out)
 
 
 # Chance, and going on
@@ -279,33 +288,32 @@ def test_a_seed_fixes_the_run_and_another_changes_all_but_the_split(whole, tmp_p
 
 def test_training_tiles_alone_are_augmented_and_alike_whenever_drawn(tmp_path, monkeypatch):
     def spy(images, masks, draws):
-        seen.append((images, draws, *data.augment(images, masks, draws)))
+        seen.append((images, draws, *augment(images, masks, draws)))
         return seen[-1][2:]
 
     def number(image):
         pixels = (image.permute(1, 2, 0) * 255).round().byte()
-        return next(i for i, tile in enumerate(made_up_tiles()[0]) if torch.equal(tile, pixels))
+        return next(i for i, tile in enumerate(made_up_tiles().images) if torch.equal(tile, pixels))
 
-    seen = []
-    monkeypatch.setattr(train, "augment", spy)
+    seen, augment = [], data.augment
+    monkeypatch.setattr(data, "augment", spy)
     fit(tmp_path / "run", "--epochs", "2")
-    order, first = [number(image) for images, *_ in seen for image in images], seen
+    order, first = [number(image) for images, *_ in seen for image in images], list(seen)
     assert len(order) == 20 and set(order) <= set(PARTS["train"].tolist())
     assert len(set(order[:10])) == len(set(order[10:])) == 10 and order[:10] != order[10:]
     assert not any(all(torch.equal(one[1][name], other[1][name]) for name in one[1])
                    for one, other in itertools.combinations(first, 2))
 
-    stop_before_batch(monkeypatch, 9)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_before_batch(patch, 9)
         fit(tmp_path / "again", "--epochs", "2", *OFTEN)
     seen = []
-    monkeypatch.setattr(train, "augment", spy)
     fit(tmp_path / "again", "--epochs", "2", "--resume")
     assert same(seen, first[8:])
 
 
 @pytest.mark.parametrize("flags, batches, found", [
-    ((), [7], (1, 0)), (OFTEN, [8], (1, 2)), (OFTEN, [2, 3, 3, 5], (1, 4))],
+    ((), [7], 5), (OFTEN, [8], 7), (OFTEN, [2, 3, 3, 5], 9)],
     ids=["from an epoch's end", "within an epoch", "four times"])
 def test_resume_equals_uninterrupted_run(whole, tmp_path, monkeypatch, flags, batches, found):
     out = tmp_path / "run"
@@ -313,10 +321,9 @@ def test_resume_equals_uninterrupted_run(whole, tmp_path, monkeypatch, flags, ba
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             stop_before_batch(patch, batch)
             fit(out, *flags, *["--resume"] * (life > 0))
-        for name in "last.pt.tmp", "best.pt.tmp", "log.csv.tmp":  # as a crash leaves them
-            (out / name).write_bytes(b"half a file")
-    last = load(out / "last.pt")
-    assert (last["epoch"], last["step"]) == found
+        for name in "last.pt", "best.pt", "log.csv":  # as a crash leaves them
+            (out / f".partial-{name}").write_bytes(b"half a file")
+    assert load(out / "last.pt")["step"] == found
     torch.manual_seed(99)
     assert fit(out, "--resume") == whole.score
     assert_same_run(out, whole.out)
@@ -361,33 +368,45 @@ def heed_ctrl_c():
 
 
 def test_ctrl_c_is_one_line_that_says_how_to_go_on(start, tmp_path):
-    process = start(tmp_path / "run", "--epochs", "999", before=heed_ctrl_c)
+    process = start(tmp_path / "run", "--epochs", "999", *OFTEN, before=heed_ctrl_c)
     wait_for_save(process, tmp_path / "run/last.pt")
     time.sleep(random.uniform(0, 0.3))
     os.kill(process.pid, signal.SIGINT)
     process.join(60)
     line, = process.said(".err").strip().splitlines()
     assert process.exitcode == 130 and "--resume" in line
-    assert load(tmp_path / "run/last.pt")["epoch"] < 999
+    assert len(load(tmp_path / "run/last.pt")["log"]) < 999
 
 
 def per_tile_norm():
     nn.BatchNorm2d = lambda channels: nn.GroupNorm(1, channels)
 
 
-def test_two_processes_are_one_with_the_same_batch(start, tmp_path, monkeypatch):
+@pytest.fixture
+def start_pair(start):
+    """Start two processes, as torchrun does on one node or on two -> them, when they have ended."""
+    def run(out, *flags, folders=(), **environment):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        folders = [{"folder": folder} for folder in folders] or [{}, {}]
+        pair = [start(out, *flags, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_PORT=port,
+                      MASTER_ADDR="127.0.0.1", **folders[int(rank)], **environment)
+                for rank in "01"]
+        for process in pair:
+            process.join(60)
+        return pair
+    return run
+
+
+@pytest.mark.parametrize("batch_size", ["4", "5"])  # 5: three tiles on one, two on the other
+def test_two_processes_are_one_with_the_same_batch(start_pair, tmp_path, monkeypatch, batch_size):
     """Tiles are normalised one by one: on CPUs BatchNorm's statistics are of a process's share."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    flags = "--batch-size", "4", "--lr", "0.01"
-    pair = [start(tmp_path / "pair", *flags, before=per_tile_norm, RANK=rank, LOCAL_RANK=rank,
-                  WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in "01"]
+    flags = "--batch-size", batch_size, "--lr", "0.01"
+    pair = start_pair(tmp_path / "pair", *flags, before=per_tile_norm)
     monkeypatch.setattr(nn, "BatchNorm2d", lambda channels: nn.GroupNorm(1, channels))
     alone = fit(tmp_path / "alone", *flags)
-    for process in pair:
-        process.join(60)
-        assert process.exitcode == 0, process.said(".err")
+    assert [process.exitcode for process in pair] == [0, 0], pair[0].said(".err")
     told = float(re.search(r"per tile +([\d.]+)", pair[0].said(".out"))[1]) / 100
     assert told == pytest.approx(alone, abs=1.5e-4) and alone > 0.05  # told in steps of 1e-4
     assert pair[1].said(".out") == ""
@@ -395,12 +414,35 @@ def test_two_processes_are_one_with_the_same_batch(start, tmp_path, monkeypatch)
     assert logs[0] == pytest.approx(logs[1], abs=1e-4)
 
 
+def test_two_nodes_need_no_common_disk(start_pair, tmp_path):
+    """Rank 0 alone reads and writes: the second node's folder stays empty, also on a resume."""
+    nodes = tmp_path / "node 0", tmp_path / "node 1"
+    for node in nodes:
+        node.mkdir()
+    for epochs in "1", "2":
+        pair = start_pair("run", "--epochs", epochs, "--resume", folders=nodes)
+        assert [process.exitcode for process in pair] == [0, 0], pair[1].said(".err")
+    assert len(json.loads((nodes[0] / "run/scores.json").read_text())["log"]) == 2
+    assert not list(nodes[1].iterdir())
+
+
+def test_a_refusal_is_told_by_one_of_the_processes(start_pair, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/last.pt").write_bytes(b"no checkpoint")
+    for flags, said in (("--resume",), "last.pt"), (("--batch-size", "1"), "--batch-size 1"):
+        pair = start_pair("run", *flags)
+        assert [process.exitcode for process in pair] == [2, 2]
+        line, = pair[0].said(".err").splitlines()
+        assert said in line and not pair[1].said(".err")
+
+
 # Learning
 
 
 def test_model_overfits_two_tiles():
-    images, masks, _ = data.synthetic(2)
-    images, masks = data.get_batch(images[:, :64, :64], masks[:, :64, :64], torch.arange(2), "cpu")
+    tiles = data.synthetic(2)
+    images, masks = data.get_batch(tiles, torch.arange(2), "cpu")
+    images, masks = images[..., :64, :64], masks[..., :64, :64]
     torch.manual_seed(0)
     model = create_model("unet", "conv", 1, width=8)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
@@ -410,12 +452,14 @@ def test_model_overfits_two_tiles():
         optimizer.step()
     with torch.no_grad():
         confusions = evaluation.confusion_matrices(model.eval()(data.normalize(images)), masks)
-    assert min(evaluation.score(confusions)["tiles"]) > 0.9
+    assert min(evaluation.compute_metrics(confusions)["tiles"]) > 0.9
 
 
 def test_loss_decreases_on_synthetic_tiles(tmp_path, monkeypatch):
-    images, masks, rows = data.synthetic(20)
-    monkeypatch.setattr(train, "load", lambda *_: (images[:, :64, :64], masks[:, :64, :64], rows))
+    tiles = data.synthetic(20)
+    tiles = data.Tiles(tiles.images[:, :64, :64], tiles.masks[:, :64, :64], tiles.rows,
+                       tiles.classes)
+    monkeypatch.setattr(train, "load", lambda *_: tiles)
     fit(tmp_path, "--data", "synthetic", "--width", "4", "--epochs", "6", "--lr", "0.005")
     first, *_, last = read_log(tmp_path)
     assert last["train_loss"] < 0.8 * first["train_loss"] and last["val_iou_per_tile"] > 0.2
@@ -427,7 +471,9 @@ def test_loss_decreases_on_synthetic_tiles(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flag, value", [
     ("--epochs", "0"), ("--epochs", "1.5"), ("--batch-size", "0"), ("--batch-size", "-2"),
     ("--batch-size", "12"), ("--lr", "-1"), ("--lr", "0"), ("--lr", "nan"), ("--lr", "inf"),
-    ("--width", "0"), ("--save-every", "0"), ("--device", "nonsense")])
+    ("--width", "0"), ("--save-every", "0"), ("--device", "nonsense"), ("--device", "meta"),
+    ("--width", "1000000000"), ("--epochs", "1" + 20 * "0"), ("--seed", "-1"),
+    ("--seed", str(2**64)), ("--ignore-index", "0")])
 def test_a_value_that_cannot_be_is_refused_by_name(tmp_path, capsys, flag, value):
     line = refused(capsys, tmp_path / "run", flag, value)
     assert flag in line and value in line and not (tmp_path / "run").exists()
@@ -449,30 +495,34 @@ def test_resume_refuses_flags_that_contradict_the_run(whole, capsys, flag, ours,
     assert content(whole.out) == before
 
 
-class Code:
-    """Pickles as a call that writes a file."""
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
+def test_resume_refuses_to_train_fewer_epochs_than_there_are(whole, capsys):
+    before = content(whole.out)
+    assert "--epochs 2" in refused(capsys, whole.out, "--epochs", "2", "--resume")
+    assert content(whole.out) == before
 
 
-NOT_CHECKPOINTS = {  # (path to write, a run's folder) -> None
-    "missing": lambda path, run: None, "folder": lambda path, run: path.mkdir(),
-    "empty": lambda path, run: path.touch(), "no dict": lambda path, run: torch.save([1], path),
-    "cut off": lambda path, run: path.write_bytes((run / "best.pt").read_bytes()[:99_999]),
-    "text": lambda path, run: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
-    "code": lambda path, run: torch.save(Code(path.parent / "it ran"), path),
-    "weights alone": lambda path, run: torch.save(load(run / "last.pt")["model"], path),
-    "entries missing": lambda path, run: torch.save(
-        {key: load(run / "last.pt")[key] for key in ("args", "model")}, path),
-    "another model's": lambda path, run: torch.save(
-        torch.load(run / "last.pt") | {"model": create_model("unet", "fusion", 1, 2).state_dict()},
-        path)}
+def moment(change):
+    return edited(lambda checkpoint: change(checkpoint["optimizer"]["state"]))
 
 
-@pytest.mark.parametrize("kind", [*NOT_CHECKPOINTS, "best.pt"])
+BROKEN_LAST = {
+    "moments of another shape": moment(lambda state: state[0].update(exp_avg=torch.zeros(9))),
+    "moments no tensors": moment(lambda state: state[1].update(exp_avg_sq=[1.0])),
+    "moments missing": moment(lambda state: state.pop(0)),
+    "optimizer a list": edited(lambda checkpoint: checkpoint.update(optimizer=[1])),
+    "step beyond the log": edited(lambda checkpoint: checkpoint.update(step=4)),
+    "losses too short": edited(lambda checkpoint: checkpoint.update(losses=torch.zeros(2))),
+    "older recipe": edited(lambda checkpoint: checkpoint.update(recipe_version=1))}
+
+
+@pytest.mark.parametrize("kind", BROKEN_LAST)
+def test_resume_refuses_a_last_pt_whose_parts_do_not_fit(whole, tmp_path, capsys, kind):
+    BROKEN_LAST[kind](tmp_path / "last.pt", whole.out)
+    assert str(tmp_path / "last.pt") in refused(capsys, tmp_path, "--resume")
+
+
+@pytest.mark.parametrize("kind", [*(kind for kind in NOT_CHECKPOINTS if kind != "missing"),
+                                  "best.pt"])
 def test_resume_refuses_what_is_not_a_checkpoint_of_the_run(whole, tmp_path, capsys, kind):
     if kind == "best.pt":
         (tmp_path / "last.pt").write_bytes((whole.out / "best.pt").read_bytes())
@@ -483,13 +533,13 @@ def test_resume_refuses_what_is_not_a_checkpoint_of_the_run(whole, tmp_path, cap
 
 
 def test_resume_refuses_other_tiles(whole, capsys, monkeypatch):
-    images, masks, rows = made_up_tiles()
-    rows = [(row[0] + "x", *row[1:]) for row in rows]
-    monkeypatch.setattr(train, "load", lambda *_: (images, masks, rows))
+    tiles = made_up_tiles()
+    tiles.rows = [(row[0] + "x", *row[1:]) for row in tiles.rows]
+    monkeypatch.setattr(train, "load", lambda *_: tiles)
     assert "other tiles" in refused(capsys, whole.out, "--resume")
 
 
-@pytest.mark.parametrize("flags, found", [((), (1, 0)), (OFTEN, (1, 2))])
+@pytest.mark.parametrize("flags, found", [((), 5), (OFTEN, 7)])
 def test_nan_loss_stops_a_run_and_spoils_no_checkpoint(whole, tmp_path, capsys, monkeypatch,
                                                        flags, found):
     def poisoned(*args):  # the third training batch's loss is not a number
@@ -505,18 +555,20 @@ def test_nan_loss_stops_a_run_and_spoils_no_checkpoint(whole, tmp_path, capsys, 
         patch.setattr(train, "loss_for", poisoned)
         line = refused(capsys, tmp_path / "run", *flags, "--resume")
     assert all(part in line for part in ("nan", "epoch 2", "step 3", "--lr", "last.pt"))
-    last = load(tmp_path / "run/last.pt")
-    assert (last["epoch"], last["step"]) == found
-    assert content(tmp_path / "run") | {"last.pt": 0} == before | {"last.pt": 0}
+    assert load(tmp_path / "run/last.pt")["step"] == found
+    changed = {"last.pt": 0, "best.pt": 0}  # the latter with another clock
+    assert content(tmp_path / "run") | changed == before | changed
     assert fit(tmp_path / "run", "--resume") == whole.score
     assert_same_run(tmp_path / "run", whole.out)
 
 
 def test_a_rate_far_too_high_ends_with_a_sentence_and_finite_weights(tmp_path, capsys):
-    line = refused(capsys, tmp_path, "--lr", "1e39", "--batch-size", "11")  # one step an epoch
-    assert re.search(r"loss is (nan|inf) in epoch \d", line)
-    weights = leaves([load(path)["model"] for path in tmp_path.glob("*.pt")])
-    assert weights and all(value.isfinite().all() for value in weights.values())
+    for name, flags in ("often", OFTEN), ("seldom", ()):
+        out = tmp_path / name
+        line = refused(capsys, out, "--lr", "1e39", *flags)
+        assert re.search(r"(loss is (nan|inf)|weights are infinite) in epoch \d", line)
+        assert all(value.isfinite().all() for path in out.glob("*.pt")
+                   for value in load(path)["model"].values())
 
 
 def small_disk():
@@ -526,22 +578,23 @@ def small_disk():
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(whole, start, tmp_path):
     pytest.importorskip("resource")
-    process = start(tmp_path / "run", before=small_disk)
+    fit(tmp_path / "run", "--epochs", "1")
+    process = start(tmp_path / "run", "--resume", before=small_disk)
     process.join(60)
     line, = process.said(".err").splitlines()
-    assert process.exitcode == 2 and load(tmp_path / "run/last.pt")["epoch"] == 0
+    assert process.exitcode == 2 and str(tmp_path / "run/last.pt") in line
+    assert load(tmp_path / "run/last.pt")["step"] == 5
     assert fit(tmp_path / "run", "--resume") == whole.score
     assert_same_run(tmp_path / "run", whole.out)
-    assert str(tmp_path / "run/last.pt") in line
 
 
 # Swin-UNet
 
 
 def test_swin_unet_starts_from_a_file_and_goes_on_without_it(tmp_path, monkeypatch, capsys):
-    images, masks, _ = data.synthetic(6)
-    rows = [(f"image-{i}", 0, 0, "train") for i in range(6)]  # 4, 1 and 1 tiles
-    monkeypatch.setattr(train, "load", lambda *_: (images, masks, rows))
+    tiles = data.synthetic(6)
+    tiles.rows = [(f"image-{i}", 0, 0, "train") for i in range(6)]  # 4, 1 and 1 tiles
+    monkeypatch.setattr(train, "load", lambda *_: tiles)
     monkeypatch.setattr("models.fetch_from_hub", lambda: pytest.fail("asked the hub"))
     path = tmp_path / "encoder.pth"
     torch.save(create_model("swin_unet", "standard", 1).encoder.state_dict(), path)

@@ -1,0 +1,158 @@
+"""Every picture: training curves (the paper's Fig. 2), test tiles (Figs. 3-5), augmented tiles.
+
+All functions take plain numbers and arrays and return a Pillow image.
+"""
+
+import math
+import statistics
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# One colour per label. Any two of them differ by at least 17 (CIE76) for normal, protanopic,
+# deuteranopic and tritanopic eyes alike; the first, which are the commonest labels, by far more.
+PALETTE = np.array([
+    (0, 0, 0), (213, 94, 0), (86, 180, 233), (149, 0, 255), (255, 234, 191), (42, 64, 149),
+    (149, 85, 85), (170, 255, 0), (128, 0, 0), (149, 170, 170), (85, 42, 85), (234, 149, 106),
+    (128, 106, 149), (0, 255, 255), (212, 85, 255), (0, 0, 106), (234, 191, 85), (85, 0, 191),
+    (106, 21, 42), (42, 0, 64), (106, 106, 191), (191, 0, 0)], np.uint8)
+
+GREEN = (0, 255, 0)  # shows best on stained tissue
+FOUND, FALSE_ALARM, MISSED = (255, 255, 255), (213, 94, 0), (86, 180, 233)
+LINES = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0),
+         (86, 180, 233), (0, 0, 0))
+
+
+def outline(mask):
+    """Border pixels of each region of one label, inside the region: mask (H, W) -> bool (H, W)."""
+    padded = np.pad(mask, 1, mode="edge")
+    neighbours = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
+    return np.any([mask != neighbour for neighbour in neighbours], axis=0) & (mask > 0)
+
+
+# -----------------------------------------------------------------------------
+# Training curves
+
+
+def round_ticks(low, high):
+    """A few round numbers, evenly spaced, from `low` or below to `high` or above."""
+    step = 10.0 ** math.floor(math.log10((high - low) / 5))
+    step *= next(factor for factor in (1, 2, 5, 10) if factor * step >= (high - low) / 5)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [step * k for k in range(first, last + 1)]
+
+
+def draw_curves(runs):
+    """Draw training curves as the paper's Fig. 2: loss, and validation IoU.
+
+    runs: {name: logs}, a log for each seed. A log is a list of dicts, one per epoch, with
+    train_loss, val_loss and val_iou_per_tile (0..1). Lines are means over seeds, bands reach from
+    the lowest to the highest seed.
+    """
+    font = ImageFont.load_default(size=15)
+    epochs = max(len(log) for logs in runs.values() for log in logs)
+    picture = Image.new("RGB", (1200, 460 + 24 * len(runs)), "white")
+    draw = ImageDraw.Draw(picture, "RGBA")  # so that bands show what is below them
+
+    def values_of(key):
+        return [row[key] for logs in runs.values() for log in logs for row in log]
+
+    ious, every = values_of("val_iou_per_tile"), math.ceil(epochs / 10)
+    panels = [("loss: training thin, validation thick", {"train_loss": 1, "val_loss": 3},
+               round_ticks(0, max(*values_of("train_loss"), *values_of("val_loss"), 1e-9))),
+              ("validation IoU, per tile", {"val_iou_per_tile": 3},
+               round_ticks(min(*ious, 0.99), max(*ious, min(ious) + 0.01)))]
+    for panel, (title, series, ticks) in enumerate(panels):
+        left, top, right, bottom = 600 * panel + 70, 60, 600 * panel + 570, 400
+
+        def place(epoch, value):
+            return (left + (right - left) * (epoch - 0.5) / epochs,
+                    bottom - (bottom - top) * (value - ticks[0]) / (ticks[-1] - ticks[0]))
+
+        draw.text(((left + right) / 2, 32), title, "black", font, anchor="mm")
+        draw.text(((left + right) / 2, bottom + 38), "epoch", "black", font, anchor="mm")
+        for value in ticks:
+            y = place(1, value)[1]
+            draw.line((left, y, right, y), "#dddddd")
+            draw.text((left - 8, y), f"{value:.3g}", "black", font, anchor="rm")
+        for epoch in sorted({1, *range(every, epochs + 1, every)}):
+            draw.text((place(epoch, 0)[0], bottom + 14), str(epoch), "black", font, anchor="mm")
+        lines = []
+        for logs, colour in zip(runs.values(), LINES * len(runs)):
+            for key, width in series.items():
+                by_epoch = [*zip(*([row[key] for row in log] for log in logs))]
+                lowest, mean, highest = (
+                    [place(epoch, function(values)) for epoch, values in enumerate(by_epoch, 1)]
+                    for function in (min, statistics.mean, max))
+                if len(logs) > 1 and len(by_epoch) > 1:
+                    draw.polygon(highest + lowest[::-1], (*colour, 40))
+                lines.append((mean, colour, width))
+        for points, colour, width in lines:  # above all bands, which would tint them
+            draw.line(points, colour, width, "curve")
+            if epochs <= 20:
+                for x, y in points:
+                    draw.ellipse((x - width, y - width, x + width, y + width), colour)
+    for i, (name, colour) in enumerate(zip(runs, LINES * len(runs))):
+        y = 460 + 24 * i
+        draw.line((70, y, 110, y), colour, 3)
+        draw.text((120, y), name, "black", font, anchor="lm")
+    return picture
+
+
+# -----------------------------------------------------------------------------
+# Tiles
+
+
+def paint(prediction, mask, num_classes):
+    """Labels as colours -> (H, W, 3) uint8; of one class, what was found, missed and mistaken."""
+    if num_classes > 1:
+        return PALETTE[prediction]
+    colours = np.zeros((*mask.shape, 3), np.uint8)
+    colours[(prediction == 1) & (mask == 1)] = FOUND
+    colours[(prediction == 1) & (mask == 0)] = FALSE_ALARM
+    colours[(prediction == 0) & (mask == 1)] = MISSED
+    return colours
+
+
+def draw_figure(titles, rows, names):
+    """Draw tiles as the paper's Figs. 3-5: image, ground truth, one column per network.
+
+    titles: one per network; rows: (caption, image (H, W, 3), mask (H, W), predictions, captions of
+    those), all uint8; names: of the classes.
+    """
+    font, side = ImageFont.load_default(size=14), len(rows[0][2])
+    cell, line = side + 10, 22
+    if len(names) == 1:
+        legend = [(f"{names[0]}, found", FOUND), ("missed", MISSED), ("false alarm", FALSE_ALARM)]
+    else:
+        shown = np.unique([[mask, *predictions] for _, _, mask, predictions, _ in rows])
+        legend = [(names[label], tuple(PALETTE[label].tolist())) for label in shown]
+    width = (len(titles) + 2) * cell + 10
+    per_line = max(1, width // 190)
+    bottom = 40 + (cell + line) * len(rows)
+    picture = Image.new("RGB", (width, bottom + line * math.ceil(len(legend) / per_line) + 10),
+                        "white")
+    draw = ImageDraw.Draw(picture)
+    for column, title in enumerate(["image", "ground truth", *titles]):
+        draw.text((10 + cell * column + side / 2, 20), title, "black", font, anchor="mm")
+    for row, (caption, image, mask, predictions, captions) in enumerate(rows):
+        y = 40 + (cell + line) * row
+        panels = [image, *(paint(labels, mask, len(names)) for labels in [mask, *predictions])]
+        for column, (panel, text) in enumerate(zip(panels, [caption, "", *captions])):
+            picture.paste(Image.fromarray(panel), (10 + cell * column, y))
+            draw.text((10 + cell * column, y + side + 4), text, "black", font)
+    for i, (name, colour) in enumerate(legend):
+        x, y = 10 + 190 * (i % per_line), bottom + line * (i // per_line)
+        draw.rectangle((x, y, x + 14, y + 14), colour, "black")
+        draw.text((x + 20, y - 1), name, "black", font)
+    return picture
+
+
+def draw_preview(rows):
+    """A sheet of tiles, each with the outlines of its mask.
+
+    rows: pairs of images (n, H, W, 3) and masks (n, H, W), uint8; one pair fills one row.
+    """
+    outlined = [[np.where(outline(mask)[..., None], np.uint8(GREEN), image)
+                 for image, mask in zip(images, masks)] for images, masks in rows]
+    return Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in outlined]))

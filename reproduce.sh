@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Train every network of the paper's Table 2 on one data set, and make a page of the results.
+#
+#   ./reproduce.sh monuseg                                 both networks, three skips, seeds 0 1 2
+#   ./reproduce.sh monuseg --skips conv fusion --seeds 0   some of them
+#   ./reproduce.sh monuseg --models unet --width 16        other flags go to train.py
+#   ./reproduce.sh monuseg --jobs 2                        two at a time (default: one, or one a GPU)
+#
+# Start it again after an interruption: what is finished is skipped, the rest resumed, and a run
+# that fails does not stop the others. Each run's output is in runs/*.log, the page in runs/README.md.
+
+set -uo pipefail
+cd "$(dirname "$0")" || exit
+python=${PYTHON:-$(command -v python || command -v python3)}
+case ${1:---help} in -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${0##*/}"; exit ;; esac
+data=$1 models='unet swin_unet' skips='standard conv fusion' seeds='0 1 2' flags=() list=''
+gpus=$(nvidia-smi -L 2>/dev/null | wc -l)
+jobs=$((gpus > 1 ? gpus : 1))
+shift
+for word; do
+  case $word:$list in
+    --models:* | --skips:* | --seeds:* | --jobs:*) list=${word#--}; declare "$list=" ;;
+    --*) list=''; flags+=("$word") ;;
+    *:) flags+=("$word") ;;
+    *) declare "$list=${!list} $word" ;;
+  esac
+done
+
+cells=()
+for seed in $seeds; do for model in $models; do for skip in $skips; do
+  cells+=("--model $model --skip $skip --seed $seed")
+done; done; done
+
+lane() {  # NUMBER: every so many cells, one after the other
+  local i log
+  [ "$gpus" -lt 2 ] || export CUDA_VISIBLE_DEVICES=$1
+  [ "$jobs" -lt 2 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+  for ((i = $1; i < ${#cells[@]}; i += jobs)); do
+    log=runs/$data$(sed 's/ *--[a-z]* /-/g' <<<" ${cells[i]}").log
+    echo "$data ${cells[i]}: see $log"
+    # shellcheck disable=SC2086
+    "$python" train.py --data "$data" ${cells[i]} --resume ${flags[@]+"${flags[@]}"} >>"$log" 2>&1 ||
+      echo "$data ${cells[i]}: $(tail -n 1 "$log")" >>"$failed"
+  done
+}
+
+mkdir -p runs && failed=$(mktemp) || exit
+for ((number = 0; number < jobs; number++)); do lane "$number" & done
+wait
+"$python" report.py runs/"$data"-*/scores.json --page runs/README.md
+sed 's/^/failed: /' "$failed" >&2
+[ ! -s "$failed" ]

@@ -1,0 +1,89 @@
+"""What runs on a GPU, tested without one: fake tensors have a shape and a device, and no values.
+
+As on a card, an operation on a CUDA tensor and one that was left on the CPU is an error. The
+backward pass, half precision and torch.compile need a real card.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.func import functional_call
+
+import data
+from eval import confusion_matrices, evaluate
+from losses import loss_for
+from models import MODELS, SKIPS, create_model
+from utils import to_device
+
+
+@pytest.fixture(autouse=True)
+def no_card(monkeypatch):
+    """What asks for a real card is answered here."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+
+
+def tiles(device="cpu"):
+    return data.Tiles(torch.zeros(4, 224, 224, 3, dtype=torch.uint8, device=device),
+                      torch.zeros(4, 224, 224, dtype=torch.uint8, device=device), [], [])
+
+
+class OnCuda(torch.nn.Module):
+    """A network whose parameters and buffers, but nothing else, are on CUDA."""
+
+    def __init__(self, *names):
+        super().__init__()
+        with torch.device("meta"):
+            self.network = create_model(*names, width=2)
+
+    def forward(self, images):
+        tensors = [*self.network.named_parameters(), *self.network.named_buffers()]
+        return functional_call(self.network, {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+            for name, tensor in tensors}, images)
+
+
+def on_cuda(*tensors):
+    return all(tensor.device.type == "cuda" for tensor in tensors)
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_a_batch_is_augmented_where_it_is_trained(where):
+    with FakeTensorMode():
+        stored = data.read_tiles(tiles(where), torch.tensor([3, 1, 0]), "cuda")
+        assert [array.device.type for array in stored] == [where, where]  # not copied ahead
+        draws = data.draw_augmentation(3, torch.Generator())
+        assert not any(map(on_cuda, draws.values()))
+        images, masks = data.augment(*data.to_batch(stored, "cuda"), draws)
+        assert on_cuda(images, masks, data.normalize(images))
+
+
+@pytest.mark.parametrize("num_classes", [1, 3, 22])
+@pytest.mark.parametrize("skip", SKIPS)
+@pytest.mark.parametrize("model", MODELS)
+def test_no_tensor_stays_on_the_cpu_between_a_batch_and_its_scores(model, skip, num_classes):
+    network = OnCuda(model, skip, num_classes)
+    with FakeTensorMode():
+        images, masks = data.get_batch(tiles(), torch.tensor([3, 1, 0]), "cuda")
+        logits = network(data.normalize(images))
+        losses = loss_for(num_classes, ignore=[0])(logits, masks)
+        assert on_cuda(logits, losses, confusion_matrices(logits, masks))
+        assert logits.shape == (3, num_classes, 224, 224) and losses.shape == (3,)
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_evaluation_stays_on_its_device():
+    network = OnCuda("unet", "conv", 3)
+    with FakeTensorMode():
+        confusions, losses = evaluate(network, tiles(), torch.tensor([3, 1, 0]), loss_for(3),
+                                      torch.device("cuda"), batch_size=2)
+        assert on_cuda(confusions, losses) and confusions.shape == (3, 3, 3)
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "cuda"])
+def test_only_copies_to_cuda_are_not_waited_for(device):
+    tensor = SimpleNamespace(to=lambda device, non_blocking: non_blocking)
+    for name in device, torch.device(device):
+        assert to_device(tensor, name) == (device == "cuda")

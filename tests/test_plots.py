@@ -1,0 +1,146 @@
+"""plots.py: training curves and figures, read back pixel by pixel."""
+
+import numpy as np
+import pytest
+
+from data import CLASSES
+from plots import (FALSE_ALARM, FOUND, GREEN, LINES, MISSED, PALETTE, draw_curves, draw_figure,
+                   draw_preview, paint, round_ticks)
+
+
+def log_of(epochs, train, val, iou):
+    return [{"train_loss": train, "val_loss": val, "val_iou_per_tile": iou}] * epochs
+
+
+def heights(panel, colour):
+    """Rows of a picture in which a colour occurs, once for each of its pixels."""
+    return np.nonzero((panel == colour).all(axis=2))[0]
+
+
+def panels(runs):
+    """The drawn losses and scores, without the legend below."""
+    picture = np.asarray(draw_curves(runs))
+    assert picture.shape == (460 + 24 * len(runs), 1200, 3)
+    return picture[:420, :600], picture[:420, 600:]
+
+
+# Training curves
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 50])
+def test_curves_show_every_run_in_its_colour_in_both_panels(epochs):
+    runs = {f"run {i}": [log_of(epochs, 0.9 - 0.2 * i, 1.0 - 0.2 * i, 0.2 + 0.2 * i)]
+            for i in range(3)}
+    for panel in panels(runs):
+        found = [heights(panel, colour) for colour in LINES[:3]]
+        assert all(len(rows) > (20 if epochs == 1 else 500) for rows in found)
+    assert found[0].mean() > found[1].mean() > found[2].mean()  # by IoU, from below
+
+
+def test_more_runs_than_colours_are_all_drawn():
+    runs = {f"run {i}": [log_of(2, 1, 1, i / 10)] for i in range(len(LINES) + 2)}
+    legend = np.asarray(draw_curves(runs))[450:]
+    for i, colour in enumerate([*LINES, *LINES[:2]]):
+        assert len(heights(legend[24 * i:24 * (i + 1), 60:115], colour)) > 100
+
+
+@pytest.mark.parametrize("iou", [0.0, 0.3, 1.0])
+def test_a_score_that_never_moves_lies_between_the_axes(iou):
+    for panel in panels({"run": [log_of(3, 0.5, 0.0, iou)]}):
+        rows = heights(panel, LINES[0])
+        assert 50 < rows.min() and rows.max() < 410
+
+
+@pytest.mark.parametrize("low, high, expected", [
+    (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 0.21, [0, 0.05, 0.1, 0.15, 0.2, 0.25]),
+    (0.31, 0.48, [0.3, 0.35, 0.4, 0.45, 0.5]), (0.99, 1.01, [0.99, 0.995, 1, 1.005, 1.01]),
+    (0, 7.3, [0, 2, 4, 6, 8]), (0, 1e-9, [0, 2e-10, 4e-10, 6e-10, 8e-10, 1e-9])])
+def test_ticks_are_round(low, high, expected):
+    assert round_ticks(low, high) == pytest.approx(expected, abs=1e-12)
+
+
+def test_ticks_are_few_and_enclose_what_is_drawn():
+    chance = np.random.default_rng(0)
+    for low, width in zip(10 ** chance.uniform(-3, 3, 500), 10 ** chance.uniform(-3, 3, 500)):
+        ticks = round_ticks(low, low + width)
+        step = ticks[1] - ticks[0]
+        assert low - step < ticks[0] < low * (1 + 1e-6) and 3 <= len(ticks) <= 8
+        assert (low + width) * (1 - 1e-6) < ticks[-1] < low + width + step
+        assert float(f"{step:.3g}") == pytest.approx(step) and f"{step:.0e}"[0] in "125"
+
+
+def test_several_seeds_give_a_mean_line_and_a_band_from_lowest_to_highest():
+    ious = 0.2, 0.3, 0.7
+    _, panel = panels({"network": [log_of(3, 1, 1, iou) for iou in ious]})
+    ticks = round_ticks(0.2, 0.7)
+    low, mean, high = (400 - 340 * (value - ticks[0]) / (ticks[-1] - ticks[0])
+                       for value in (0.2, 0.4, 0.7))
+    middle = panel[:, 310]  # between two epochs' dots
+    line = np.nonzero((middle == LINES[0]).all(axis=1))[0]
+    assert abs(line.mean() - mean) < 1.5 and len(line) <= 4
+    band = np.nonzero((middle != 255).any(axis=1) & (np.ptp(middle, axis=1) > 10))[0]
+    assert band.min() == pytest.approx(high, abs=2) and band.max() == pytest.approx(low, abs=2)
+    assert len(band) == band.max() - band.min() + 1  # without a gap
+
+
+def test_no_band_tints_a_line():
+    runs = {f"run {i}": [log_of(30, 0.5 + i / 10, 0.2, 0.3), log_of(30, 0.9, 0.2, 0.5 + i / 10)]
+            for i in range(3)}
+    for panel in panels(runs):
+        assert all(len(heights(panel, colour)) > 400 for colour in LINES[:3])
+
+
+def test_runs_of_different_lengths_have_a_mean_as_far_as_all_reach():
+    _, panel = panels({"network": [log_of(10, 1, 1, 0.4), log_of(4, 1, 1, 0.6)]})
+    columns = np.nonzero((panel == LINES[0]).all(axis=2))[1]
+    assert columns.min() < 100 < 70 + 500 * 3.4 / 10 < columns.max() < 70 + 500 * 3.7 / 10
+
+
+# Figures
+
+
+def test_one_class_shows_found_missed_and_mistaken_pixels_apart():
+    mask, found = np.array([[1, 1, 0, 0]], np.uint8), np.array([[1, 0, 1, 0]], np.uint8)
+    assert [tuple(colour) for colour in paint(found, mask, 1)[0].tolist()] == [
+        FOUND, MISSED, FALSE_ALARM, (0, 0, 0)]
+
+
+def colours_of(picture):
+    return {tuple(colour) for colour in picture.reshape(-1, 3).tolist()}
+
+
+def test_more_classes_show_their_palette_colour_and_a_legend():
+    labels = np.repeat(np.arange(22, dtype=np.uint8), 11)[:224][None].repeat(224, 0)
+    image = np.full((224, 224, 3), 77, np.uint8)
+    drawn = np.asarray(draw_figure(["one", "two"], [("tile", image, labels, [labels, labels],
+                                                     ["", ""])], CLASSES["bcss512"]))
+    assert drawn.shape[1] == 4 * 234 + 10 and (drawn[40:264, 10:234] == 77).all()
+    shown = colours_of(PALETTE[labels])
+    for column in 1, 2, 3:
+        left = 10 + 234 * column
+        assert colours_of(drawn[40:264, left:left + 224]) == shown
+    assert shown <= colours_of(drawn[290:])
+
+
+def test_a_figure_holds_every_tile_beside_all_predictions():
+    chance = np.random.default_rng(0)
+    images = chance.integers(0, 256, (2, 32, 32, 3), np.uint8)
+    masks = chance.integers(0, 2, (4, 32, 32), np.uint8)
+    drawn = np.asarray(draw_figure(["network"], [
+        (f"tile {n}", images[n], masks[n], [masks[2 + n]], ["IoU 50"]) for n in range(2)],
+        ["nucleus"]))
+    for n, top in enumerate((40, 40 + 42 + 22)):
+        columns = [drawn[top:top + 32, left:left + 32] for left in (10, 52, 94)]
+        assert np.array_equal(columns[0], images[n])
+        assert np.array_equal(columns[1], paint(masks[n], masks[n], 1))
+        assert np.array_equal(columns[2], paint(masks[2 + n], masks[n], 1))
+    assert {FOUND, MISSED, FALSE_ALARM} <= colours_of(drawn[40 + 2 * 64:])
+
+
+def test_a_preview_outlines_masks_and_leaves_its_images_as_they_were():
+    images, masks = np.full((3, 8, 8, 3), 90, np.uint8), np.zeros((3, 8, 8), np.uint8)
+    masks[1, 2:6, 2:6] = 1
+    sheet = np.asarray(draw_preview([(images, masks), (images[:, :, ::-1], masks)]))
+    assert sheet.shape == (16, 24, 3) and (images == 90).all()
+    green = (sheet == GREEN).all(axis=2)
+    assert green.sum() == 2 * 12 and green[2:6, 10:14].sum() == green[10:14, 10:14].sum() == 12

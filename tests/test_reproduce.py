@@ -1,0 +1,74 @@
+"""reproduce.sh: beside stand-ins for train.py and report.py, and once for real."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+
+TRAIN = """\
+import pathlib, sys
+words = sys.argv[1:]
+value = dict(zip(words, words[1:]))
+folder = pathlib.Path("runs", "-".join(value[f"--{name}"] for name in
+                                       ("data", "model", "skip", "seed")))
+with open("calls.txt", "a") as file:
+    print(*words, file=file)
+if value["--skip"] == "conv":
+    sys.exit("train.py: no such luck")
+folder.mkdir(exist_ok=True)
+(folder / "scores.json").touch()
+"""
+
+
+@pytest.fixture
+def reproduce(tmp_path):
+    """Run the script beside stand-ins -> finished process, what train.py was called with."""
+    def run(*words, status=0):
+        (tmp_path / "calls.txt").unlink(missing_ok=True)
+        done = subprocess.run(["bash", tmp_path / "reproduce.sh", *words], text=True,
+                              capture_output=True, env=os.environ | {"PYTHON": sys.executable})
+        assert done.returncode == status, done.stdout + done.stderr
+        return done, (tmp_path / "calls.txt").read_text().splitlines()
+
+    shutil.copy(ROOT / "reproduce.sh", tmp_path)
+    (tmp_path / "train.py").write_text(TRAIN)
+    (tmp_path / "report.py").write_text("import sys; print('page of', *sys.argv[1:])")
+    return run
+
+
+def test_every_cell_of_the_table_is_trained_whatever_becomes_of_the_others(reproduce):
+    done, calls = reproduce("monuseg", status=1)
+    assert len(calls) == len(set(calls)) == 2 * 3 * 3
+    assert all("--data monuseg --model" in call and "--resume" in call for call in calls)
+    assert [call.split("--seed ")[1][0] for call in calls] == [*("0" * 6), *("1" * 6), *("2" * 6)]
+    failed = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
+    assert len(failed) == 6 and all("--skip conv" in line and "no such luck" in line
+                                    for line in failed)
+    page = next(line for line in done.stdout.splitlines() if line.startswith("page of"))
+    assert page.count("scores.json") == 12 and page.endswith("--page runs/README.md")
+
+
+@pytest.mark.parametrize("jobs", ["1", "2", "5"])
+def test_cells_are_chosen_and_other_flags_go_to_train_py(reproduce, jobs):
+    _, calls = reproduce("bcss", "--skips", "standard", "fusion", "--ignore-index", "0", "--jobs",
+                         jobs, "--models", "unet", "--seeds", "4", "--compile")
+    assert sorted(calls) == sorted(
+        f"--data bcss --model unet --skip {skip} --seed 4 --resume --ignore-index 0 --compile"
+        for skip in ("standard", "fusion"))
+
+
+def test_it_trains_for_real_and_makes_a_page(tmp_path):
+    for path in (*ROOT.glob("*.py"), ROOT / "reproduce.sh"):
+        shutil.copy(path, tmp_path)
+    command = ["bash", tmp_path / "reproduce.sh", "synthetic", "--models", "unet", "--skips",
+               "conv", "--seeds", "0", "--width", "2", "--epochs", "1", "--batch-size", "35"]
+    subprocess.run(command, check=True, capture_output=True,
+                   env=os.environ | {"PYTHON": sys.executable})
+    log, = (tmp_path / "runs").glob("*.log")
+    assert log.read_text().count("test, 10 tiles") == 1
+    assert "synthetic" in (tmp_path / "runs/README.md").read_text()

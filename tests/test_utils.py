@@ -1,0 +1,226 @@
+"""utils.py: files, what a user sees of any script, devices."""
+
+import argparse
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, load, refused
+
+import utils
+from utils import (CHECKPOINT, LOG, first_mismatch, load_checkpoint, lock_folder, number,
+                   on_rank_0, pick_device, print_progress, save_checkpoint, setup_processes,
+                   write_atomic)
+
+# Files
+
+
+def test_a_file_that_cannot_be_written_wholly_leaves_the_old_one_and_no_partial(tmp_path):
+    path = tmp_path / "scores.json"
+    with write_atomic(path) as file:
+        file.write(b"old")
+    for error, raised in (KeyboardInterrupt(), KeyboardInterrupt), (
+            OSError(28, "No space left on device"), OSError):
+        with pytest.raises(raised) as stop, write_atomic(path) as file:
+            file.write(b"half of the ne")
+            raise error
+        assert [*tmp_path.iterdir()] == [path] and path.read_bytes() == b"old"
+    assert str(stop.value).startswith(f"{path}: cannot be written (No space left on device)")
+    with write_atomic(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"  # until it is whole
+    assert [*tmp_path.iterdir()] == [path] and path.read_bytes() == b"new"
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    for name in "none/scores.json", "folder.png", "file/log.csv":
+        told = f"^{tmp_path / name}: cannot be written"
+        with pytest.raises(OSError, match=told), write_atomic(tmp_path / name) as file:
+            file.write(b"new")
+
+
+def leave_if_locked(folder):
+    """The body of a process."""
+    try:
+        lock_folder(folder)
+    except ValueError as error:
+        sys.exit(7 if str(error).startswith(f"{folder}: another process is writing") else 1)
+
+
+def test_a_folder_is_locked_against_other_processes_until_the_lock_is_closed(tmp_path):
+    def exit_code_of_another():
+        process = multiprocessing.get_context("fork").Process(target=leave_if_locked,
+                                                              args=(tmp_path / "run",))
+        process.start()
+        process.join(60)
+        return process.exitcode
+
+    lock = lock_folder(tmp_path / "run")
+    assert exit_code_of_another() == 7
+    lock.close()
+    assert exit_code_of_another() == 0
+
+
+def test_a_checkpoint_is_read_as_it_was_written(tmp_path, whole):
+    checkpoint = load(whole.out / "last.pt")
+    save_checkpoint(tmp_path / "a.pt", checkpoint)
+    again = load_checkpoint(tmp_path / "a.pt")
+    assert again.keys() == checkpoint.keys() and again["args"] == checkpoint["args"]
+    assert all(map(torch.equal, again["model"].values(), checkpoint["model"].values()))
+    with pytest.raises(ValueError, match="a.pt: .* its 'chapters' is missing"):
+        load_checkpoint(tmp_path / "a.pt", CHECKPOINT | {"chapters": [str]})
+
+
+ROW = {"train_loss": 0.5, "val_loss": 0.5, "val_iou_per_tile": 0.5}
+
+
+@pytest.mark.parametrize("value, schema, wrong", [
+    (3, int, None), (3, float, "content"), (None, float | None, None), (math.nan, float, "content"),
+    (math.inf, float | None, "content"), ("3", int, "content"), ([], [str], None),
+    (["a", 3], [str], "content"), ("ab", [str], "content"), ([ROW, ROW | {"more": 1}], LOG, None),
+    ([ROW, {"train_loss": 0.5}], LOG, "val_loss"), ([[]], LOG, "content"),
+    ([ROW | {"val_loss": -math.inf}], LOG, "val_loss"),
+    ({"a": {"b": [3]}}, {"a": {"b": [int]}}, None),
+    ({"a": {"b": [3, "c"]}}, {"a": {"b": [int]}}, "b"), ({"a": 3}, {"a": {"b": int}}, "a"),
+    ([1], {"a": int}, "content"), ({}, {str: int}, None), ({"a": 1, "b": "c"}, {str: int}, "b"),
+    ({"a": 1, 2: 3}, {str: int}, "content"), ({0: {"step": 1}}, {int: dict}, None)])
+def test_the_first_part_that_is_not_as_the_schema_says_is_named(value, schema, wrong):
+    assert first_mismatch(value, schema) == wrong
+
+
+# The command line
+
+
+@pytest.mark.parametrize("parse, good, bad", [
+    (number(int), {"1": 1, "+07": 7}, "0 -3 1.5 a inf 1e3"),
+    (number(float), {"1e-9": 1e-9, "3": 3.0}, "0 -1 nan inf -inf 1e999 a"),
+    (number(int, above=-1, most=9), {"0": 0, "9": 9}, "-1 10")])
+def test_numbers_out_of_their_range_are_refused_by_name(parse, good, bad, capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rate", type=parse)
+    script = SimpleNamespace(main=print, parse_args=parser.parse_args)
+    for text, value in good.items():
+        assert parser.parse_args(["--rate", text]).rate == value
+    for text in bad.split():
+        line = refused(capsys, script, f"--rate={text}")
+        assert "argument --rate" in line and text in line and "parse" not in line
+
+
+def test_in_a_pipe_progress_is_a_line_after_some_seconds_and_then_one_a_minute(monkeypatch, capsys):
+    start = utils.next_line_at - 5
+    monkeypatch.setattr(utils, "next_line_at", start + 5)
+    for second in range(200):
+        monkeypatch.setattr(utils.time, "time", lambda: start + second)
+        print_progress(f"{second} s")
+        if second == 100:
+            print_progress("an epoch\n")
+            print_progress("")
+    assert capsys.readouterr().out == "6 s\n67 s\nan epoch\n161 s\n"
+
+
+def test_in_a_terminal_progress_is_one_line_that_changes(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for line in "1 s", "2 s", "an epoch\n":
+        print_progress(line)
+    assert capsys.readouterr().out == "\r\x1b[K1 s\r\x1b[K2 s\r\x1b[Kan epoch\n"
+
+
+SCRIPT = """import sys
+from utils import run_cli
+
+
+def main(kind):
+    print("IoU 64.0 ± 0.5")
+    for _ in range(100_000 if kind == "long" else 0):
+        print("tile")
+
+
+run_cli(main, lambda: sys.argv[1])
+"""
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """Run a shell command, in which {} stands for SCRIPT -> finished process."""
+    def run(command, encoding="utf-8"):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding,
+                                    "PYTHONUNBUFFERED": ""}
+        return subprocess.run(
+            ["bash", "-c", command.format(f"{sys.executable} {tmp_path / 'script.py'}")],
+            env=environment, text=True, capture_output=True, timeout=120)
+
+    (tmp_path / "script.py").write_text(SCRIPT)
+    return run
+
+
+@pytest.mark.parametrize("command, output", [
+    ("{} long | head -1", "IoU 64.0 ± 0.5\n"), ("{} short | true", ""), ("{} long >&-", "")],
+    ids=["a reader that leaves", "no reader", "closed"])
+def test_output_that_nobody_reads_is_no_error(shell, command, output):
+    run = shell(command)
+    assert (run.stdout, run.stderr, run.returncode) == (output, "", 0)
+
+
+def test_a_character_that_the_terminal_lacks_is_replaced(shell):
+    assert shell("{} short", "ascii").stdout == "IoU 64.0 ? 0.5\n"
+
+
+def raise_(error):
+    raise error
+
+
+@pytest.mark.parametrize("error, line", [
+    (ValueError("--lr 9: too high\nreally"), "--lr 9: too high"), (ValueError(), "ValueError"),
+    (OSError("log.csv: cannot be read"), "log.csv: cannot be read"),
+    (FileNotFoundError(2, "No such file or directory", "a.tif"),
+     "[Errno 2] No such file or directory: 'a.tif'"),
+    (MemoryError("Unable to allocate 9 GiB"), "out of memory (Unable to allocate 9 GiB): give less "
+     "at a time, or use a smaller network"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried\nto"), "out of memory (CUDA out of memory. "
+     "Tried): give less at a time, or use a smaller network")])
+def test_what_the_user_can_mend_is_one_line(capsys, error, line):
+    script = SimpleNamespace(main=lambda args: raise_(error), parse_args=list)
+    assert refused(capsys, script).partition(": ")[2] == line
+
+
+def test_lack_of_memory_is_one_line(capsys):
+    script = SimpleNamespace(main=lambda args: torch.empty(10**15), parse_args=list)
+    line = refused(capsys, script).partition(": ")[2]
+    assert line.startswith("out of memory (") and line.endswith("or use a smaller network")
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(capsys):
+    for error in RuntimeError("sizes do not match"), KeyError("weights"), TypeError("no list"):
+        with pytest.raises(type(error)):
+            utils.run_cli(lambda args: raise_(error), list)
+
+
+# Devices and processes
+
+
+@pytest.mark.parametrize("name", ["abacus", "meta", "cuda:99", ""])
+def test_a_device_that_does_not_work_here_is_named(name):
+    with pytest.raises(ValueError, match=f"--device {name}"):
+        pick_device(name)
+
+
+def test_without_a_name_there_is_always_a_device():
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device().type in ("cuda", "mps", "cpu")
+    assert pick_device().type in utils.device_name(pick_device()) or torch.cuda.is_available()
+
+
+def test_one_process_is_rank_0_and_does_what_rank_0_does(monkeypatch):
+    for name in "RANK", "WORLD_SIZE":
+        monkeypatch.delenv(name, raising=False)
+    assert setup_processes(torch.device("cpu")) == (torch.device("cpu"), 0, 1)
+    assert on_rank_0(math.gcd, 12, 18) == 6
+    with pytest.raises(ValueError, match="mended"):
+        on_rank_0(raise_, ValueError("to be mended"))

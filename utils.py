@@ -1,0 +1,266 @@
+"""What several scripts share and no reader comes for: files, the command line, devices, processes.
+
+Nothing here knows a data set or the inside of a network.
+"""
+
+import io
+import math
+import os
+import platform
+import sys
+import time
+from argparse import ArgumentTypeError
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+# -----------------------------------------------------------------------------
+# Files
+
+
+@contextmanager
+def write_atomic(path):
+    """Open a binary file for writing that gets its name only when it is whole.
+
+    It is written beside that name, flushed and renamed. Raises OSError naming it if that fails; the
+    file of before, if there was one, is then untouched.
+    """
+    path = Path(path)
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        try:
+            with open(partial, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror or error}); if there was one "
+                      "before, it is untouched") from None
+
+
+def lock_folder(folder):
+    """Create a folder and keep other processes from writing there -> the lock, an open file.
+
+    It holds until that file is closed. Raises ValueError if another process has the lock, OSError
+    if the folder cannot be written to. (Windows has no such locks.)
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "w")
+    try:
+        if fcntl:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{folder}: another process is writing there: wait until it has finished, "
+                         "or name another folder") from None
+    return lock
+
+
+def first_mismatch(value, schema, name="content"):
+    """Name the first part of `value` that is not as `schema` says; None if all of it is.
+
+    A schema is a type, [schema] for a list of any length, {name: schema} for a dict that holds at
+    least these names, or {type: schema} for a dict of any names of that type. Floats are finite.
+    """
+    if isinstance(schema, dict):
+        if not isinstance(value, dict):
+            return name
+        kind, part = next(iter(schema.items()))
+        if isinstance(kind, type):
+            parts = [pair for key, item in value.items()
+                     for pair in ((key, kind, name), (item, part, key))]
+        else:
+            parts = [(value.get(key), part, key) for key, part in schema.items()]
+    elif isinstance(schema, list):
+        if not isinstance(value, list):
+            return name
+        parts = [(item, schema[0], name) for item in value]
+    else:
+        infinite = isinstance(value, float) and not math.isfinite(value)
+        return name if infinite or not isinstance(value, schema) else None
+    return next((wrong for part in parts if (wrong := first_mismatch(*part))), None)
+
+
+LOG = [{"train_loss": float, "val_loss": float, "val_iou_per_tile": float}]  # a dict per epoch
+ARGS = {"model": str, "skip": str, "data": str, "split": str, "seed": int, "epochs": int,
+        "batch_size": int, "lr": float, "width": int, "ignore_index": [int]}
+CHECKPOINT = {"model": {str: torch.Tensor}, "args": ARGS, "num_classes": int, "split": str,
+              "weights": str, "log": LOG}
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a dict of tensors and plain values; there is a whole file under this name at any time.
+
+    torch.save reports a full disk as an error of its own, so it writes to memory first.
+    """
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    with write_atomic(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def load_checkpoint(path, schema=CHECKPOINT):
+    """Read a checkpoint that train.py wrote -> dict of plain values and tensors on the CPU.
+
+    Raises FileNotFoundError or another OSError if it cannot be read, ValueError if it is damaged or
+    not as `schema` says (see `first_mismatch`). Code that a file may carry is never run.
+    """
+    content = Path(path).read_bytes()
+    try:
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no common base for what a damaged file raises
+        raise ValueError(f"{path}: not a checkpoint of train.py, or damaged "
+                         f"({first_line(error)})") from None
+    wrong = first_mismatch(checkpoint, schema)
+    if wrong:
+        raise ValueError(f"{path}: not a checkpoint of train.py, or of another version: its "
+                         f"{wrong!r} is missing or not as it should be")
+    return checkpoint
+
+
+# -----------------------------------------------------------------------------
+# The command line
+
+next_line_at = time.time() + 5  # seconds; when a pipe or file gets its next line of progress
+
+
+def print_progress(line):
+    """Show progress: a line that ends in a newline stays, any other is replaced by the next one.
+
+    Where standard output is no terminal, the latter appear as plain lines, one a minute.
+    """
+    global next_line_at
+    if sys.stdout is None:  # closed
+        return
+    if sys.stdout.isatty():
+        print("\r\x1b[K" + line, end="", flush=True)
+    elif line.endswith("\n") or line and time.time() > next_line_at:
+        print(line.removesuffix("\n"), flush=True)
+        next_line_at = time.time() + 60
+
+
+def number(kind, above=0, most=math.inf):
+    """An argparse type: a finite int or float above `above` and at most `most`."""
+    def parse(text):
+        value = kind(text)
+        if not above < value <= most or value == math.inf:
+            limit = f" and at most {most}" if most < math.inf else ""
+            raise ArgumentTypeError(f"{text} is not a number above {above}{limit}")
+        return value
+    parse.__name__ = kind.__name__  # argparse names it in its own errors
+    return parse
+
+
+def run_cli(main, parse_args, after_interrupt="nothing unfinished was kept"):
+    """Run a script. Bad input and lack of memory end it with one line and exit status 2."""
+    name, is_first = Path(sys.argv[0]).name, int(os.environ.get("RANK", 0)) == 0
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that names have
+    try:
+        main(parse_args())
+        if sys.stdout:
+            sys.stdout.flush()  # now, as Python itself would tell of a closed pipe with a traceback
+    except BrokenPipeError:  # whoever read our output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(2)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        text = first_line(error)
+        if isinstance(error, (MemoryError, RuntimeError)):
+            if isinstance(error, RuntimeError) and "memory" not in text:
+                raise  # a mistake of ours
+            text = f"out of memory ({text}): give less at a time, or use a smaller network"
+        if is_first:  # one process speaks for all
+            print_progress("")
+            print(f"{name}: {text}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; {after_interrupt}", file=sys.stderr)
+        sys.exit(130)
+
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# -----------------------------------------------------------------------------
+# Devices
+
+
+def pick_device(name=None):
+    """The device called `name`, or the best there is: CUDA, Apple's MPS, the CPU."""
+    if name is None:
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} does not work here: {first_line(error)}") from None
+    if device.type not in ("cuda", "mps", "cpu"):
+        raise ValueError(f"--device {name}: give cuda, mps or cpu")
+    return device
+
+
+def device_name(device):
+    """What a measurement was made on: the card's name, or the kind of CPU and its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return (f"{device.type}, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, "
+            f"{threads} thread{'s' if threads > 1 else ''}")
+
+
+def autocast(device):
+    """Half precision on CUDA, bfloat16 or, where a card has none, float16; elsewhere nothing."""
+    if device.type != "cuda":
+        return torch.autocast(device.type, enabled=False)
+    bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast("cuda", torch.bfloat16 if bfloat16 else torch.float16)
+
+
+def to_device(tensor, device):
+    """Copy to `device`, on CUDA without waiting. (MPS could read memory that is free by then.)"""
+    return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
+
+
+# -----------------------------------------------------------------------------
+# Several processes, as torchrun starts them. Rank 0 alone prints, reads and writes a run's folder,
+# and sends the others what they need: nodes do not share a disk.
+
+
+def setup_processes(device):
+    """Join torchrun's processes, if there are any -> device, rank and world size of this one."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group()
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    return device, rank, world_size
+
+
+def on_rank_0(function, *args):
+    """Call the function on rank 0 alone; every process returns its result, or raises its error."""
+    if not dist.is_initialized():
+        return function(*args)
+    answer = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [function(*args)]
+        except (ValueError, OSError) as error:
+            answer = [error]
+    dist.broadcast_object_list(answer)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return answer[0]
