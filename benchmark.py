@@ -85,7 +85,8 @@ def build_step(args, model, skip, images, masks, device, naive=False):
         optimizer = torch.optim.Adam(network.parameters(), 1e-3)
         scaler = torch.amp.GradScaler(enabled=False)
     else:
-        flags = argparse.Namespace(**vars(args), model=model, skip=skip, seed=0, lr=1e-3)
+        flags = argparse.Namespace(**vars(args), model=model, skip=skip, seed=0, lr=1e-3,
+                                   weight_decay=0.0)
         network, optimizer, scaler = build_training(flags, 1, device)
         network = wrap(network, args.compile, device, world_size=1)
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import struct
 import time
 import warnings
 import xml.etree.ElementTree as ET
@@ -22,32 +23,41 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageOps
 
-from plots import draw_preview
-from utils import lock_folder, print_progress, run_cli, to_device, write_atomic
+from plots import PALETTE, draw_preview
+from synthetic import NAMES, draw_tiles
+from utils import (first_mismatch, lock_folder, number, print_progress, run_cli, to_device,
+                   write_atomic)
 
 warnings.filterwarnings("ignore", module="PIL")  # of damaged files, what we say is enough
 TILE = 224  # pixels, the side of a tile
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# One class means a foreground against a background: one logit, BCE. More: one logit per class.
-CLASSES = {
-    "synthetic": ["nucleus"],
-    "monuseg": ["nucleus"],
-    "bcss": ["outside", "tumor", "stroma"],
-    "bcss512": [
+# What is known of a set. `classes` names its labels: one class means a foreground against a
+# background, which takes one logit and BCE; several take a logit each. `scale` is the factor by
+# which raw images are resized before they are cut, `split` the default of --split, and `recipe` a
+# row of RECIPES in losses.py.
+SETS = {
+    "synthetic": {"classes": ["nucleus"], "scale": 1.0, "split": "tile", "recipe": "synthetic"},
+    "monuseg": {"classes": ["nucleus"], "scale": 4 * TILE / 1000, "split": "tile",
+                "recipe": "monuseg"},
+    "bcss": {"classes": ["outside", "tumor", "stroma"], "scale": 1.0, "split": "tile",
+             "recipe": "bcss"},
+    "bcss512": {"classes": [
         "outside_roi", "tumor", "stroma", "lymphocytic_infiltrate", "necrosis_or_debris",
         "glandular_secretions", "blood", "exclude", "metaplasia_NOS", "fat", "plasma_cells",
         "other_immune_infiltrate", "mucoid_material", "normal_acinus_or_duct", "lymphatics",
         "undetermined", "nerve", "skin_adnexa", "blood_vessel", "angioinvasion", "dcis", "other"],
+        "scale": TILE / 512, "split": "tile", "recipe": "bcss512"},
 }
+INFO = {"classes": [str], "scale": float, "split": str, "recipe": str}  # its schema
 
 # -----------------------------------------------------------------------------
 # A prepared set is a folder with images.npy (n, 224, 224, 3) and masks.npy (n, 224, 224), both
-# uint8, and tiles.csv, one line per tile: source image, row, column, and the part of the official
-# split that it belongs to. The arrays are memory-mapped, so that a batch is one indexing operation
-# and no loader is needed.
+# uint8, tiles.csv, one line per tile: source image, row, column, and the part of the official split
+# that it belongs to, and set.json, what is known of the set. The arrays are memory-mapped, so that
+# a batch is one indexing operation and no loader is needed.
 
 ARRAYS = {"images": (TILE, TILE, 3), "masks": (TILE, TILE)}  # shape of a tile in each
 
@@ -55,50 +65,96 @@ ARRAYS = {"images": (TILE, TILE, 3), "masks": (TILE, TILE)}  # shape of a tile i
 @dataclass
 class Tiles:
     """images (n, 224, 224, 3) and masks (n, 224, 224), uint8 tensors; of each tile, its row
-    (source image, row, column, part of the official split); and the names of the classes."""
+    (source image, row, column, part of the official split); what is known of the set, see SETS."""
 
     images: torch.Tensor
     masks: torch.Tensor
     rows: list
-    classes: list
+    info: dict
 
 
-def load(data, root):
+def how_to_prepare(data):
+    return (f"run ./prepare_data.sh {data}" if data in READERS else
+            f"run `python data.py prepare {data} --from DIR`, DIR with folders images and masks")
+
+
+def read_info(data, root, num_classes=1):
+    """What is known of a data set -> dict as in SETS; of an own one, what its set.json says.
+
+    `num_classes` is of the synthetic set. Raises FileNotFoundError or ValueError saying how to
+    prepare the data.
+    """
+    if data in SETS:
+        return SETS[data] | ({} if num_classes == 1 else {"classes": [*NAMES[:num_classes]]})
+    path = Path(root, data, "set.json")
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent}: {data} is not prepared: {how_to_prepare(data)}")
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        info = None
+    wrong = first_mismatch(info, INFO)
+    if wrong or not 0 < len(info["classes"]) <= len(PALETTE):
+        raise ValueError(f"{path}: damaged, {wrong or 'classes'!r} is missing or not as it should "
+                         f"be: remove {path.parent} and {how_to_prepare(data)}")
+    return info
+
+
+def set_of(checkpoint, path):
+    """What a checkpoint of train.py knows of the set that it was trained on -> dict as in SETS.
+
+    Raises ValueError if it knows nothing, or another number of classes.
+    """
+    info = checkpoint.get("set", SETS.get(checkpoint["args"]["data"]))
+    if first_mismatch(info, INFO) or len(info["classes"]) != checkpoint["num_classes"]:
+        raise ValueError(f"{path}: does not say what its {checkpoint['num_classes']} classes are: "
+                         "it was not written by this version")
+    return info
+
+
+def load(data, root, num_classes=1):
     """Open a prepared data set -> Tiles, memory-mapped. "synthetic" is drawn on the spot.
 
-    Raises FileNotFoundError or ValueError saying how to prepare the data.
+    `num_classes` is of the synthetic set. Raises FileNotFoundError or ValueError saying how to
+    prepare the data.
     """
+    info = read_info(data, root, num_classes)
     if data == "synthetic":
-        return synthetic()
-    if data not in CLASSES:
-        raise ValueError(f"no data set is called {data!r}: there are {', '.join(CLASSES)}")
-    folder, again = Path(root, data), f"run ./prepare_data.sh {data}"
+        return synthetic(num_classes=num_classes)
+    folder = Path(root, data)
+    again = f"remove {folder} and {how_to_prepare(data)}"
     if not (folder / "tiles.csv").exists():
-        raise FileNotFoundError(f"{folder}: {data} is not prepared: {again}")
+        raise FileNotFoundError(f"{folder}: {data} is not prepared: {how_to_prepare(data)}")
     try:
         with open(folder / "tiles.csv", newline="") as file:
             rows = [(row["image"], int(row["row"]), int(row["column"]), row["official"])
                     for row in csv.DictReader(file)]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'tiles.csv'}: damaged ({error!r}): remove {folder} and "
-                         f"{again}") from None
+        raise ValueError(f"{folder / 'tiles.csv'}: damaged ({error!r}): {again}") from None
     arrays = []
     for name, shape in ARRAYS.items():
         path = folder / f"{name}.npy"
         try:  # copy-on-write, because torch wants an array that it could write to
             arrays.append(np.load(path, mmap_mode="c"))
         except (ValueError, EOFError) as error:
-            raise ValueError(f"{path}: damaged ({error}): remove {folder} and {again}") from None
+            raise ValueError(f"{path}: damaged ({error}): {again}") from None
         except OSError as error:  # the system's: the file itself may be sound
             raise OSError(f"{path}: cannot be opened ({error.strerror})") from None
         if arrays[-1].shape != (len(rows), *shape) or arrays[-1].dtype != np.uint8:
             raise ValueError(f"{path}: {arrays[-1].dtype} {arrays[-1].shape}, but tiles.csv has "
-                             f"{len(rows)} tiles: remove {folder} and {again}")
-    classes, highest = CLASSES[data], arrays[1].max(initial=0)
-    if highest >= max(2, len(classes)):
+                             f"{len(rows)} tiles: {again}")
+    labels, highest = max(2, len(info["classes"])), arrays[1].max(initial=0)
+    if highest >= labels:
         raise ValueError(f"{folder / 'masks.npy'}: holds the label {highest}, but {data} has the "
-                         f"labels 0 to {max(2, len(classes)) - 1}: remove {folder} and {again}")
-    return Tiles(*map(torch.from_numpy, arrays), rows, classes)
+                         f"labels 0 to {labels - 1}: {again}")
+    return Tiles(*map(torch.from_numpy, arrays), rows, info)
+
+
+def synthetic(n=100, num_classes=1):
+    """Draw n tiles of the synthetic set, the same each time -> Tiles, as `load` returns them."""
+    images, masks = map(torch.from_numpy, draw_tiles(n, num_classes))
+    rows = [(f"synthetic-{number:03}", 0, 0, "train") for number in range(n)]
+    return Tiles(images, masks, rows, read_info("synthetic", "", num_classes))
 
 
 # -----------------------------------------------------------------------------
@@ -119,16 +175,17 @@ def split_tiles(data, rows, split):
 
     tile: the paper's. MoNuSeg: 70/20/10 % of all tiles at random, so that tiles of one image fall
     on both sides. BCSS: its test tiles have no masks, so 4,021 validation tiles are the test set.
-    BCSS512: so are 600 training tiles. image: the same shares of whole images, or regions. official
-    (MoNuSeg): the challenge's test images are the test set, a fifth of the others validates.
-    Raises ValueError where a part would be empty.
+    BCSS512: so are 600 training tiles. image: the same shares of whole images, or regions.
+    official: the parts that the set came in; where it has none to validate on, as MoNuSeg, a fifth
+    of the training images does. Raises ValueError where a part would be empty.
     """
     everything = range(len(rows))
     official = {part: [i for i in everything if rows[i][3] == part]
                 for part in ("train", "val", "test")}
     if split == "official":
-        test = official["test"]
-        val, train = split_by_hash(rows, official["train"], 1 / 5, "image")
+        train, val, test = official.values()
+        if not val:
+            val, train = split_by_hash(rows, train, 1 / 5, "image")
     elif data == "bcss512":
         val = official["val"]
         test, train = split_by_hash(rows, official["train"], 600 / 6000, split)
@@ -192,14 +249,16 @@ def normalize(images):
 
 
 def train_batches(tiles, indices, batch_size, seed, first_step, last_step, device, rank=0,
-                  world_size=1):
+                  world_size=1, augmentations="all"):
     """Yield the augmented batches of training steps first_step..last_step - 1, counted from 0.
 
     A batch is images (n, 3, 224, 224) float 0..1 and masks (n, 224, 224) int64 on `device`, n this
     process's share of the batch size. Every epoch has an order of its own, and leaves out the tiles
     of an incomplete batch. Chance depends on the seed and the step alone, so that resuming needs no
     generator's state; PyTorch's own generator is seeded, too, for what the network draws.
+    `augmentations` are names of WARPS and COLOURS in one text, or "all", or "none".
     """
+    names = [*WARPS, *COLOURS] if augmentations == "all" else augmentations.split()
     steps = len(indices) // batch_size  # in an epoch
 
     def fetch(step):
@@ -216,7 +275,7 @@ def train_batches(tiles, indices, batch_size, seed, first_step, last_step, devic
                 next_batch = reader.submit(fetch, step + 1)
             epoch, place = divmod(step, steps)
             chance = generator(seed, epoch + 1, place)
-            draws = draw_augmentation(batch_size, chance)
+            draws = draw_augmentation(batch_size, chance, names)
             torch.manual_seed(chance.initial_seed() + rank)
             yield augment(images, masks, {name: values[rank::world_size]
                                           for name, values in draws.items()})
@@ -225,7 +284,7 @@ def train_batches(tiles, indices, batch_size, seed, first_step, last_step, devic
 # -----------------------------------------------------------------------------
 # Augmentation (paper 2.4), on the training device, a whole batch at a time
 
-# Strengths; the paper names the six augmentations and gives no values, so all of these are ours.
+# The paper names these and gives no strengths, so all of them are ours.
 CHANCE = 0.5          # of each augmentation, for each tile
 ELASTIC_CELLS = 7     # elastic: random shifts on a grid of 7 x 7 cells of 32 pixels,
 ELASTIC_STD = 8       # pixels, their standard deviation before smoothing
@@ -234,27 +293,53 @@ GRID_STRETCH = 0.3    # by up to 30 %
 BRIGHTNESS = 0.2      # brightness changes by up to 20 %
 
 
-def draw_augmentation(n, generator):
+def uniform(*shape, generator):
+    """Random numbers from -1 to 1."""
+    return 2 * torch.rand(*shape, generator=generator) - 1
+
+
+def chance(*shape, generator):
+    """1 where an augmentation happens, else 0."""
+    return (torch.rand(*shape, generator=generator) < CHANCE).float()
+
+
+def draw_brightness(n, generator):
+    """One factor a tile, (n, 1)."""
+    return 1 + BRIGHTNESS * uniform(n, 1, generator=generator) * chance(n, 1, generator=generator)
+
+
+def change_brightness(images, factors):
+    return images.mul_(factors[..., None, None]).clamp_(0, 1)
+
+
+# What moves pixels is one look-up, below. What changes colours is a function that draws parameters,
+# (n, generator) -> tensor on the CPU, and one that applies them, (images (n, 3, H, W), 0..1,
+# parameters) -> images: one entry adds another.
+WARPS = ("flip", "rotation", "grid", "elastic")
+COLOURS = {"brightness": (draw_brightness, change_brightness)}
+
+
+def draw_augmentation(n, generator, names=(*WARPS, *COLOURS)):
     """Draw the random parameters of n tiles: small tensors on the CPU, the same for any device.
 
     matrix (n, 2, 2): flips and rotation; columns, rows (n, 6): the grid's distorted lines, -1..1;
-    elastic (n, 2, 10, 10): shifts at the grid's points; brightness (n, 1): factors.
+    elastic (n, 2, 10, 10): shifts at the grid's points; brightness (n, 1): factors. A warp that is
+    not in `names` is drawn as well but changes nothing, so that the others stay what they are.
     """
-    def uniform(*shape):  # -1..1
-        return 2 * torch.rand(*shape, generator=generator) - 1
+    def happens(name, *shape):
+        return chance(*shape, generator=generator) * (name in names)
 
-    def chance(*shape):
-        return (torch.rand(*shape, generator=generator) < CHANCE).float()
-
-    flips = 1 - 2 * chance(n, 2)
-    angle = math.pi * uniform(n) * chance(n)
+    flips = 1 - 2 * happens("flip", n, 2)
+    angle = math.pi * uniform(n, generator=generator) * happens("rotation", n)
     rotation = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), 1).view(n, 2, 2)
-    widths = 1 + GRID_STRETCH * uniform(n, 2, GRID_CELLS) * chance(n, 1, 1)
+    stretch = uniform(n, 2, GRID_CELLS, generator=generator) * happens("grid", n, 1, 1)
+    widths = 1 + GRID_STRETCH * stretch
     lines = F.pad(widths.cumsum(2) / widths.sum(2, keepdim=True), (1, 0)) * 2 - 1
     shifts = torch.randn(n, 2, ELASTIC_CELLS + 3, ELASTIC_CELLS + 3, generator=generator)
+    elastic = shifts * happens("elastic", n, 1, 1, 1) * ELASTIC_STD * 2 / TILE
     return {"matrix": rotation * flips[:, None], "columns": lines[:, 0], "rows": lines[:, 1],
-            "elastic": shifts * chance(n, 1, 1, 1) * ELASTIC_STD * 2 / TILE,
-            "brightness": 1 + BRIGHTNESS * uniform(n, 1) * chance(n, 1)}
+            "elastic": elastic} | {name: draw(n, generator) for name, (draw, _) in COLOURS.items()
+                                   if name in names}
 
 
 def augment(images, masks, draws):
@@ -266,20 +351,21 @@ def augment(images, masks, draws):
     interpolated, masks take the nearest label, beyond the border both continue mirrored.
     """
     (height, width), device = images.shape[2:], images.device
-    matrix, columns, rows, elastic, brightness = (
-        to_device(draws[name], device)
-        for name in ("matrix", "columns", "rows", "elastic", "brightness"))
+    draws = {name: to_device(values, device) for name, values in draws.items()}
     # Lines and shifts are given on coarse grids; these matrices interpolate them to pixels.
-    x = columns @ linear_basis(width, device).T                            # (n, W)
-    y = rows @ linear_basis(height, device).T                              # (n, H)
-    shift = cubic_basis(height, device) @ elastic @ cubic_basis(width, device).T  # (n, 2, H, W)
-    x, y, matrix = x[:, None, None, :], y[:, None, :, None], matrix[..., None, None]
+    x = draws["columns"] @ linear_basis(width, device).T                   # (n, W)
+    y = draws["rows"] @ linear_basis(height, device).T                     # (n, H)
+    shift = cubic_basis(height, device) @ draws["elastic"] @ cubic_basis(width, device).T
+    x, y, matrix = x[:, None, None, :], y[:, None, :, None], draws["matrix"][..., None, None]
     grid = matrix[:, :, 0] * x + matrix[:, :, 1] * y + shift               # (n, 2, H, W)
     grid = grid.permute(0, 2, 3, 1)
     images = F.grid_sample(images, grid, "bilinear", "reflection", align_corners=False)
     warped = F.grid_sample(masks[:, None].float(), grid, "nearest", "reflection",
                            align_corners=False)
-    return images.mul_(brightness[..., None, None]).clamp_(0, 1), warped[:, 0].to(masks.dtype)
+    for name, (_, change) in COLOURS.items():
+        if name in draws:
+            images = change(images, draws[name])
+    return images, warped[:, 0].to(masks.dtype)
 
 
 def linear_basis(size, device):
@@ -298,78 +384,10 @@ def cubic_basis(size, device):
 
 
 # -----------------------------------------------------------------------------
-# The synthetic set: tiles that look like H&E-stained tissue, drawn in a moment. Colour alone does
-# not solve it: stain strength varies between and within tiles, blue haze is not a nucleus.
-
-HEMATOXYLIN, EOSIN = (0.65, 0.70, 0.29), (0.07, 0.99, 0.11)  # absorption of R, G, B (Ruifrok 2001)
-
-
-def synthetic(n=100):
-    """Draw n tiles of the synthetic set, the same each time -> Tiles, as `load` returns them."""
-    tiles = [synthetic_tile(np.random.default_rng([2025, number])) for number in range(n)]
-    images, masks = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*tiles))
-    rows = [(f"synthetic-{number:03}", 0, 0, "train") for number in range(n)]
-    return Tiles(images, masks, rows, CLASSES["synthetic"])
-
-
-def synthetic_tile(rng):
-    """One tile -> image (224, 224, 3) and nucleus mask (224, 224), uint8."""
-    def noise(rows, columns=None):  # smooth, in 0..1: random values on a coarse grid, enlarged
-        coarse = Image.fromarray(rng.random((rows, columns or rows), dtype=np.float32))
-        return np.asarray(coarse.resize((TILE, TILE), Image.Resampling.BICUBIC))
-
-    def blobs(number, radii, densities, clustered=0.0):  # bumpy ellipses, each of one density
-        picture, centres = Image.new("L", (TILE, TILE)), []
-        for _ in range(number):
-            radius, centre = rng.uniform(*radii), rng.uniform(0, TILE, 2)
-            tilt, phase, angle = rng.uniform(0, 2 * np.pi, 3)
-            if centres and rng.random() < clustered:  # touch or overlap an earlier one
-                step = 1.6 * radius * np.array((np.cos(angle), np.sin(angle)))
-                centre = centres[rng.integers(len(centres))] + step
-            centres.append(centre)
-            t = np.linspace(0, 2 * np.pi, 24)
-            bumps = radius * (1 + rng.uniform(0, 0.12) * np.cos(3 * t + phase))
-            u = rng.uniform(0.9, 1.3) * bumps * np.cos(t)
-            v = rng.uniform(0.6, 0.9) * bumps * np.sin(t)
-            points = np.stack((u * np.cos(tilt) - v * np.sin(tilt),
-                               u * np.sin(tilt) + v * np.cos(tilt)), axis=1) + centre
-            ImageDraw.Draw(picture).polygon([tuple(point) for point in points],
-                                            fill=int(100 * rng.uniform(*densities)))
-        return picture
-
-    # Densities of the two stains: pink stroma with fibres, bluish haze.
-    fibres = Image.fromarray(noise(70, 6)).rotate(rng.uniform(0, 180), Image.Resampling.BILINEAR)
-    fibres = fibres.crop((33, 33, 191, 191)).resize((TILE, TILE))  # without the rotated corners
-    eosin = 0.15 + 0.35 * noise(7) + 0.35 * np.asarray(fibres) + 0.1 * noise(80)
-    haze = rng.uniform(0.3, 1.0) * (1.6 * noise(6) - 0.7).clip(0, 1)
-    hematoxylin = 0.08 + haze + 0.1 * noise(50)
-
-    # Distractors: pale vacuoles, red cells, blurred smudges of the nuclei's own blue.
-    hole = 1 - np.asarray(blobs(rng.integers(2, 8), (6, 16), (0.8, 0.9))) / 100
-    red = np.asarray(blobs(rng.integers(3, 12), (5, 8), (0.4, 1.0))) / 100
-    smudge = blobs(6, (8, 18), (0.5, 1.5)).filter(ImageFilter.GaussianBlur(6))
-    eosin = eosin * hole + red
-    hematoxylin = hematoxylin * hole + np.asarray(smudge) / 100
-
-    # Nuclei of varied size and stain, granular; about half of them touch or overlap another.
-    nuclei = np.asarray(blobs(rng.integers(30, 60), (5, 12), (0.35, 1.1), clustered=0.5)) / 100
-    mask = nuclei > 0
-    chromatin = 0.6 + 0.8 * noise(75)
-    hematoxylin = np.where(mask, nuclei * chromatin + 0.3 * hematoxylin, hematoxylin)
-
-    # Light through the stains, a soft focus, noise of the camera.
-    density = (rng.uniform(0.7, 1.3) * hematoxylin[..., None] * HEMATOXYLIN
-               + rng.uniform(0.7, 1.3) * eosin[..., None] * EOSIN)
-    image = Image.fromarray((255 * np.exp(-density)).astype(np.uint8))
-    image = np.asarray(image.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 1.3))), np.float32)
-    image = image + rng.normal(0, 4, image.shape)
-    return image.clip(0, 255).astype(np.uint8), mask.astype(np.uint8)
-
-
-# -----------------------------------------------------------------------------
 # Preparation: reading raw files. Whatever is wrong with one is a ValueError that names it.
 
 FORMATS = ("TIFF", "PNG", "JPEG", "BMP", "WEBP")  # the only ones that Pillow may try
+SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 # The paper's 44 MoNuSeg images are 30 for training and these 14 of the challenge's test set.
 MONUSEG_TEST = """TCGA-2Z-A9J9-01A-01-TS1 TCGA-44-2665-01B-06-BS6 TCGA-69-7764-01A-01-TS1
     TCGA-A6-6782-01A-01-BS1 TCGA-AC-A2FO-01A-01-TS1 TCGA-AO-A0J2-01A-01-BSA TCGA-CU-A0YN-01A-02-BSB
@@ -388,7 +406,9 @@ def read_image(path, modes):
         with Image.open(path, formats=FORMATS) as image:
             image.load()
             depths = getattr(image, "tag_v2", {}).get(258, (8,))  # of a TIFF, bits per sample
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, MemoryError) as error:
+            ImageOps.exif_transpose(image, in_place=True)  # as viewers show it
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError,
+            MemoryError) as error:
         if isinstance(error, OSError) and error.errno:  # the system's: the file may be sound
             raise OSError(f"{path}: cannot be opened ({error.strerror})") from None
         raise ValueError(f"{path}: not a readable image ({error or 'out of memory'}): fetch it "
@@ -482,6 +502,40 @@ def read_bcss(image_path, mask_path, size, num_classes):
 def check_is_file(path):
     if path.exists() and not path.is_file():  # reading a pipe would wait for a writer
         raise ValueError(f"{path}: not a file")
+
+
+def read_labels(path):
+    """Read a mask of an own set, 8-bit and of one channel; of a palette picture, its indices."""
+    image = read_image(path, ("L", "P", "1", "RGB", "RGBA", "LA", "I;16", "I"))
+    if image.mode not in ("L", "P", "1"):
+        raise ValueError(f"{path}: Pillow mode {image.mode}, but a mask stores one class index a "
+                         "pixel, 0 to 255: replace colours by indices")
+    return Image.fromarray(np.asarray(image).astype(np.uint8))
+
+
+def read_own(image_path, mask_path, scale, is_binary):
+    """One image of an own set and its mask -> tiles that cover it, the last ones overlapping."""
+    image, mask = read_image(image_path, ("RGB", "L")).convert("RGB"), read_labels(mask_path)
+    check_size(image_path, image, mask_path, mask)
+    if is_binary:
+        mask = mask.point(lambda value: value > 0)
+    if scale != 1:
+        size = scaled_size(image.size, scale)
+        image = image.resize(size, Image.Resampling.BILINEAR)
+        mask = mask.resize(size, Image.Resampling.NEAREST)
+    image, mask = np.asarray(image), np.asarray(mask)
+    places = [(y, x) for y in tile_starts(len(mask)) for x in tile_starts(mask.shape[1])]
+    return tuple(np.stack([array[y:y + TILE, x:x + TILE] for y, x in places])
+                 for array in (image, mask))
+
+
+def scaled_size(size, scale):
+    return tuple(max(1, round(scale * side)) for side in size)
+
+
+def tile_starts(length):
+    """Where tiles start that cover `length` pixels; the last one ends there and may overlap."""
+    return [min(start, length - TILE) for start in range(0, length, TILE)]
 
 
 def check_size(image_path, image, mask_path, mask):
@@ -579,6 +633,64 @@ def find_bcss(folders, suffix):
     return items
 
 
+def find_own(folders, names=None, scale=1.0):
+    """List an own set -> items as above, and what is known of it.
+
+    A folder with images/* and masks/* of the same names, or with these in train, val and test.
+    `names` of the classes may be given; else two values in all masks, 0 and any other, are one
+    class, and labels 0 to K - 1 are K. Raises ValueError naming the file that does not fit.
+    """
+    if len(folders) > 1:
+        raise ValueError(f"--from {folders[1]}: one folder holds an own set, in images and masks")
+    top, items, images = Path(folders[0]), [], []
+    parts = [part for part in ("train", "val", "test") if (top / part).is_dir()]
+    for folder, part in [(top / part, part) for part in parts] or [(top, "train")]:
+        found = find_files([folder / "images"], SUFFIXES)
+        if not found:
+            raise ValueError(f"{folder / 'images'}: holds no image")
+        images += found
+        for image, mask in match_masks(index_by_stem(found),
+                                       index_by_stem(find_files([folder / "masks"], SUFFIXES))):
+            width, height = scaled_size(read_image(image, ("RGB", "L")).size, scale)
+            if min(width, height) < TILE:
+                raise ValueError(f"{image}: {width} x {height} pixels, less than a tile of {TILE}: "
+                                 f"give --scale {1.005 * scale * TILE / min(width, height):.2f}")
+            items.append((image, mask, [(image.stem, row, column, part)
+                                        for row in range(math.ceil(height / TILE))
+                                        for column in range(math.ceil(width / TILE))]))
+    index_by_stem(images)  # no two of one name, in whatever parts
+    return items, {"classes": own_classes([mask for _, mask, _ in items], names), "scale": scale,
+                   "split": "official" if parts else "image"}
+
+
+def own_classes(masks, names):
+    """The classes of an own set, from the labels in its masks; ValueError if they make no sense."""
+    first = {}  # of each label, the first mask that holds it
+    for number, path in enumerate(masks, 1):
+        for label in np.unique(read_labels(path)).tolist():
+            first.setdefault(label, path)
+        print_progress(f"labels of {number}/{len(masks)} masks read")
+    labels = sorted(first)
+    binary = len(labels) <= 2 and labels[-1] > 0 and (len(labels) == 1 or labels[0] == 0)
+    if names and len(names) > 1:
+        if labels[-1] >= len(names):
+            raise ValueError(f"{first[labels[-1]]}: holds the label {labels[-1]}, but --classes "
+                             f"names {len(names)}, 0 to {len(names) - 1}")
+        return names
+    if binary:
+        return names or ["foreground"]
+    if names or labels == [0]:
+        raise ValueError(f"{first[labels[-1]]}: masks of one class hold two values, 0 and another, "
+                         f"but these hold {', '.join(map(str, labels[:9]))}")
+    gap = next((label for label, there in enumerate(labels) if label != there), None)
+    if gap is not None or len(labels) > len(PALETTE):
+        odd = labels[gap] if gap is not None else labels[-1]
+        raise ValueError(f"{first[odd]}: holds the label {odd}, but classes are numbered from 0 "
+                         f"without gaps, at most {len(PALETTE)} of them: number them so, or name "
+                         "all with --classes")
+    return [f"class {label}" for label in labels]
+
+
 # -----------------------------------------------------------------------------
 # Preparing: the same for every data set, in flat memory, and it can be interrupted
 
@@ -592,8 +704,9 @@ READERS = {
 def prepare(data, folders, root, **options):
     """Write ROOT/DATA/{images.npy, masks.npy, tiles.csv} from the raw files below the folders.
 
-    Works in ROOT/DATA.partial, continues there after an interruption, and renames it when whole.
-    Raises ValueError naming the first raw file that cannot be used; what is done stays.
+    `options` are those of the set's find function. Works in ROOT/DATA.partial, continues there
+    after an interruption, and renames it when whole. Raises ValueError naming the first raw file
+    that cannot be used; what is done stays.
     """
     final, working = Path(root, data), Path(root, data + ".partial")
     if (final / "tiles.csv").exists():
@@ -601,13 +714,18 @@ def prepare(data, folders, root, **options):
         return
     if final.exists():
         raise FileExistsError(f"{final}: is in the way of the prepared tiles: move it elsewhere")
-    find, read = READERS[data]
-    items = find(folders, **options)
+    if data in READERS:
+        find, read = READERS[data]
+        items, info = find(folders, **options), SETS[data]
+    else:
+        items, info = find_own(folders, **options)
+        info["recipe"] = "monuseg" if len(info["classes"]) == 1 else "bcss"
+        read = partial(read_own, scale=info["scale"], is_binary=len(info["classes"]) == 1)
     rows = [row for _, _, rows in items for row in rows]
     lock = lock_folder(working)
 
     # Start, or continue if the partial folder was made from the very same list.
-    listed = json.dumps([[str(path) for path in items[0][:2]], rows])
+    listed = json.dumps([[str(path) for path in items[0][:2]], rows, info])
     state = {"list": hashlib.sha256(listed.encode()).hexdigest(), "files": 0, "tiles": 0}
     progress = working / "progress.json"
     before = json.loads(progress.read_text()) if progress.exists() else {}
@@ -634,18 +752,22 @@ def prepare(data, folders, root, **options):
                                          f"listed with {len(item[2])} tiles: uint8 {shape} each")
                     file.write(array.tobytes())
                 state["tiles"] += len(item[2])
-            images.flush(), masks.flush()
+            for file in images, masks:  # the note must not be on the disk before the tiles are
+                file.flush()
+                os.fsync(file.fileno())
             state["files"] = done + len(some)
             with write_atomic(progress) as file:
                 file.write(json.dumps(state).encode())
             eta = (time.time() - start) / (state["files"] - first) * (len(items) - state["files"])
             print_progress(f"{data}: {state['files']}/{len(items)} files, {eta:.0f} s left")
 
-    # Complete: the table, then the name that the other scripts look for.
+    # Complete: what is known, the table, then the name that the other scripts look for.
+    source = {"from": [str(Path(folder).absolute()) for folder in folders]}
+    (working / "set.json").write_text(json.dumps(info | source, indent=1), encoding="utf-8")
     with open(working / "tiles.csv", "w", newline="") as file:
         csv.writer(file).writerows([("image", "row", "column", "official"), *rows])
     working.rename(final)
-    for name in progress.name, Path(lock.name).name:
+    for name in progress.name, ".lock":
         Path(final, name).unlink()
     lock.close()
     print_progress(f"{final}: {len(rows)} tiles from {len(items)} files in "
@@ -675,35 +797,50 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Prepare data sets, look at augmented tiles.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("prepare", help="raw files -> memory-mapped tiles")
-    command.add_argument("data", choices=READERS, help="data set")
+    command.add_argument("data", help=f"data set: {', '.join(READERS)}, or a name of your own")
     command.add_argument("--from", dest="folders", nargs="+", required=True, metavar="DIR",
-                         help="folders of the raw files")
+                         help="folders of the raw files; of an own set the one with images and "
+                              "masks, or with these in train, val and test")
     command.add_argument("--later-images", action="store_true",
                          help="keep the seven MoNuSeg images that the paper did not have")
+    command.add_argument("--classes", nargs="+", metavar="NAME", help="of an own set, the names of "
+                         "its labels 0, 1, ..., or of the one class (default: as the masks say)")
+    command.add_argument("--scale", type=number(float, most=100),
+                         help="of an own set, resize images by this factor first (default: 1)")
     command.add_argument("--data-root", default="data", help="folder of the prepared data")
     command = commands.add_parser("preview", help="draw tiles before and after augmentation")
-    command.add_argument("data", choices=CLASSES, help="data set")
+    command.add_argument("data", help="data set")
     command.add_argument("--out", default="preview.png", help="picture to write")
     command.add_argument("--seed", type=int, default=0, help="of the augmentation")
     command.add_argument("--data-root", default="data", help="folder of the prepared data")
     args = parser.parse_args(argv)
-    if args.command == "prepare" and args.later_images and args.data != "monuseg":
-        parser.error("--later-images is MoNuSeg's")
+    if args.command == "prepare":
+        if args.later_images and args.data != "monuseg":
+            parser.error("--later-images is MoNuSeg's")
+        if (args.classes or args.scale) and args.data in SETS:
+            parser.error(f"--classes and --scale are for own sets: those of {args.data} are fixed")
+        if args.data == "synthetic" or not re.fullmatch(r"\w[\w-]*", args.data):
+            parser.error(f"{args.data!r} cannot name an own set: use letters, digits, _ and -, and "
+                         "none of our names")
+        if args.classes and not len(set(args.classes)) == len(args.classes) <= len(PALETTE):
+            parser.error(f"--classes: give at most {len(PALETTE)} different names")
     return args
 
 
 def main(args):
     if args.command == "preview":
         preview(args.data, args.data_root, args.out, args.seed)
-    else:
-        options = {"later_images": True} if args.later_images else {}
-        try:
-            prepare(args.data, args.folders, args.data_root, **options)
-        except OSError as error:
-            if error.errno is None:  # one of ours, it says what to do
-                raise
-            raise OSError(f"{error.filename or args.data_root}: {error.strerror}: mend that, and "
-                          "the same command goes on where it was") from None
+        return
+    options = {name: value for name, value in (("later_images", args.later_images),
+                                               ("names", args.classes), ("scale", args.scale))
+               if value}
+    try:
+        prepare(args.data, args.folders, args.data_root, **options)
+    except OSError as error:
+        if error.errno is None:  # one of ours, it says what to do
+            raise
+        raise OSError(f"{error.filename or args.data_root}: {error.strerror}: mend that, and the "
+                      "same command goes on where it was") from None
 
 
 if __name__ == "__main__":

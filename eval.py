@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import CLASSES, fingerprint, get_batch, load, normalize, split_tiles
+from data import fingerprint, get_batch, load, normalize, set_of, split_tiles
 from losses import loss_for
 from models import build_model
 from plots import draw_curves, draw_figure
@@ -142,14 +142,15 @@ def open_data(checkpoint, path, data_root):
     `data_root` is where the training found them unless it is given. Raises ValueError for others.
     """
     args, root = checkpoint["args"], data_root or checkpoint.get("data_root", "data")
-    tiles = load(args["data"], root)
+    tiles = load(args["data"], root, checkpoint["num_classes"])
     parts = split_tiles(args["data"], tiles.rows, args["split"])
     if checkpoint["split"] != fingerprint(tiles.rows, parts):
         raise ValueError(f"{path}: was trained on other tiles than {root} holds, and may have seen "
                          "these test tiles: prepare the same images again")
-    if checkpoint["num_classes"] != len(tiles.classes):
-        raise ValueError(f"{path}: knows {checkpoint['num_classes']} classes, but "
-                         f"{args['data']} has {len(tiles.classes)}")
+    known = set_of(checkpoint, path)["classes"]
+    if known != tiles.info["classes"]:
+        raise ValueError(f"{path}: knows the classes {', '.join(known)}, but {args['data']} was "
+                         f"prepared with {', '.join(tiles.info['classes'])}")
     return tiles, parts
 
 
@@ -158,10 +159,11 @@ def score_checkpoint(checkpoint, path, data_root, device, batch_size):
     args = checkpoint["args"]
     tiles, parts = open_data(checkpoint, path, data_root)
     model = build_model(checkpoint, path).to(device)
-    loss_fn = loss_for(checkpoint["num_classes"], args["ignore_index"])
+    loss_fn = loss_for(checkpoint["num_classes"], args["ignore_index"])  # of no concern here
     confusions, _ = evaluate(model, tiles, parts["test"], loss_fn, device, batch_size)
     return {"checkpoint": str(path), "epoch": len(checkpoint["log"]), "args": args,
             "recipe_version": checkpoint.get("recipe_version"), "weights": checkpoint["weights"],
+            "set": tiles.info,
             **compute_metrics(confusions, args["ignore_index"]),
             "confusion": confusions.sum(0).tolist()}
 
@@ -195,7 +197,7 @@ def figure(checkpoints, results, names, data_root):
              ["IoU -" if scores[k] is None else f"IoU {100 * scores[k]:.1f}" for scores in ious])
             for n, k in enumerate(chosen)]
     titles = [f"{result['args']['model']}, {result['args']['skip']}" for result in results]
-    return draw_figure(titles, rows, tiles.classes), len(chosen)
+    return draw_figure(titles, rows, tiles.info["classes"]), len(chosen)
 
 
 def read_log(path):
@@ -247,7 +249,7 @@ def main(args):
         print_progress(f"{trained['model']}, {trained['skip']} skip, {trained['data']}: "
                        f"{len(results[0]['tiles'])} test tiles of the {trained['split']} split, "
                        "percent\n")
-        print(metrics_table(results[0], CLASSES[trained["data"]]))
+        print(metrics_table(results[0], results[0]["set"]["classes"]))
     else:
         print_progress("\n")
         for average in "per_tile", "global":

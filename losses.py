@@ -5,13 +5,14 @@ and no value depends on how tiles were batched. All are computed in float32, wha
 are: half precision can neither overflow nor round a sum over 50,000 pixels.
 """
 
+import math
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 
-def bce_loss(logits, masks):
+def bce_loss(logits, masks, ignore=()):
     """Binary cross-entropy with logits, the mean over a tile's pixels (paper 2.2, MoNuSeg).
 
     logits (N, 1, H, W) float, masks (N, H, W) integer 0 or 1 -> (N,) float32.
@@ -21,40 +22,108 @@ def bce_loss(logits, masks):
     return (F.softplus(x) - x * y).mean(dim=(1, 2))
 
 
-def ce_dice_loss(logits, masks, ignore=()):
-    """Cross-entropy + Dice loss (paper 2.2, BCSS and BCSS512).
+def one_hot(masks, num_classes, ignore=()):
+    """masks (N, H, W) integer -> (N, C, H, W) bool, all False where a label is in `ignore`.
 
-    logits (N, C, H, W) float, masks (N, H, W) integer 0..C-1 -> (N,) float32.
-    Cross-entropy: mean over a tile's pixels. Dice loss: 1 - 2 sum(p y) / (sum(p) + sum(y)) for each
-    class over a tile's pixels, mean over the classes that the tile's mask holds; the others have no
-    overlap to measure. Pixels with a label in `ignore` count in neither term; a tile with no other
-    pixels has loss 0. The paper gives no formula: the averages are ours, made as its metric's.
+    One class is the foreground, label 1.
     """
-    log_p = F.log_softmax(logits.float(), dim=1)
-    p = log_p.exp()
-    classes = torch.arange(logits.shape[1], device=masks.device)
-    y = masks[:, None] == classes[:, None, None]                # (N, C, H, W), one-hot
+    first = 1 if num_classes == 1 else 0
+    classes = torch.arange(first, first + num_classes, device=masks.device)
+    y = masks[:, None] == classes[:, None, None]
     for label in ignore:
-        valid = (masks != label)[:, None]
-        y, p = y & valid, p * valid
+        y = y & (masks != label)[:, None]
+    return y
+
+
+def ce_loss(logits, masks, ignore=()):
+    """Cross-entropy, the mean over a tile's pixels (paper 2.2, BCSS and BCSS512).
+
+    logits (N, C, H, W) float, masks (N, H, W) integer 0..C-1 -> (N,) float32. Pixels with a label
+    in `ignore` do not count; a tile with no other pixels has loss 0.
+    """
+    log_p, y = F.log_softmax(logits.float(), dim=1), one_hot(masks, logits.shape[1], ignore)
+    return -(log_p * y).sum(dim=(1, 2, 3)) / y.sum(dim=(1, 2, 3)).clamp(min=1)
+
+
+def dice_loss(logits, masks, ignore=()):
+    """Dice loss (paper 2.2): 1 - 2 sum(p y) / (sum(p) + sum(y)) over the pixels of a tile.
+
+    logits (N, C, H, W) float, masks (N, H, W) integer -> (N,) float32, the mean over the classes
+    that the tile's mask holds; the others have no overlap to measure. Pixels with a label in
+    `ignore` do not count. The paper gives no formula: the averages are ours, as in its metric.
+    """
+    num_classes = logits.shape[1]
+    p = logits.float().sigmoid() if num_classes == 1 else F.log_softmax(logits.float(), 1).exp()
+    for label in ignore:
+        p = p * (masks != label)[:, None]
+    y = one_hot(masks, num_classes, ignore)
     counts = y.sum(dim=(2, 3))                                  # (N, C), pixels of each class
-    cross_entropy = -(log_p * y).sum(dim=(1, 2, 3)) / counts.sum(dim=1).clamp(min=1)
     dice = 2 * (p * y).sum(dim=(2, 3)) / (p.sum(dim=(2, 3)) + counts).clamp(min=1)
     present = counts > 0
-    dice_loss = ((1 - dice) * present).sum(dim=1) / present.sum(dim=1).clamp(min=1)
-    return cross_entropy + dice_loss
+    return ((1 - dice) * present).sum(dim=1) / present.sum(dim=1).clamp(min=1)
 
 
-def loss_for(num_classes, ignore=()):
-    """The paper's loss, (logits, masks) -> (N,), for a data set of so many classes (paper 2.2)."""
-    return bce_loss if num_classes == 1 else partial(ce_dice_loss, ignore=ignore)
+def focal_loss(logits, masks, ignore=()):
+    """Focal loss (Lin et al., 2017): cross-entropy times (1 - p)^2, p of the true class.
 
+    logits (N, C, H, W) float, masks (N, H, W) integer -> (N,) float32, the mean over a tile's
+    pixels but those with a label in `ignore`.
+    """
+    logits = logits.float()
+    if logits.shape[1] == 1:  # a foreground against a background, as two classes
+        logits = torch.cat((torch.zeros_like(logits), logits), dim=1)
+    log_p, y = F.log_softmax(logits, dim=1), one_hot(masks, logits.shape[1], ignore)
+    weighted = -log_p * (1 - log_p.exp()) ** 2 * y
+    return weighted.sum(dim=(1, 2, 3)) / y.sum(dim=(1, 2, 3)).clamp(min=1)
+
+
+def add(*losses):
+    return lambda logits, masks, ignore=(): sum(loss(logits, masks, ignore) for loss in losses)
+
+
+# --loss. A loss takes logits, masks and the labels to ignore; one entry adds another.
+LOSSES = {"bce": bce_loss, "ce": ce_loss, "dice": dice_loss, "focal": focal_loss,
+          "bce+dice": add(bce_loss, dice_loss), "ce+dice": add(ce_loss, dice_loss)}
+ONE_CLASS, SEVERAL_CLASSES = ("bce", "bce+dice"), ("ce", "ce+dice")  # the others take both
+
+
+def loss_for(num_classes, ignore=(), name=None):
+    """The loss called `name`, or the paper's (2.2), as a function (logits, masks) -> (N,).
+
+    The paper takes BCE for one class, cross-entropy + Dice for more. Raises ValueError for a loss
+    that does not fit so many classes.
+    """
+    name = name or ("bce" if num_classes == 1 else "ce+dice")
+    if name in (SEVERAL_CLASSES if num_classes == 1 else ONE_CLASS):
+        raise ValueError(f"--loss {name}: does not fit {num_classes} "
+                         f"{'class' if num_classes == 1 else 'classes'}; take another of "
+                         f"{', '.join(LOSSES)}")
+    return partial(LOSSES[name], ignore=ignore)
+
+
+# -----------------------------------------------------------------------------
+# Learning rate schedules: the share of the run that is done, 0..1, -> a factor of the rate
+
+
+def constant(done):
+    return 1.0
+
+
+def cosine(done, warm_up=0.03):
+    """Rise linearly over the first 3 % of the run, then fall to zero as half a cosine."""
+    if done < warm_up:
+        return done / warm_up
+    return (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up))) / 2
+
+
+SCHEDULES = {"constant": constant, "cosine": cosine}
 
 # -----------------------------------------------------------------------------
 # Recipes
 
 # The paper's (3.2). It writes the rates "10e-3" and "10e-5" and means 1e-3 and 1e-5. The synthetic
-# set's recipe is ours, sized for a laptop. What a network's own entry holds replaces the rest.
+# set's recipe is ours, sized for a laptop. What a network's own entry holds replaces the rest. An
+# own set of one class takes MoNuSeg's, of several BCSS's.
 RECIPES = {
     #             passes       tiles a step     Adam's rate  U-Net's first level
     "synthetic": {"epochs": 8, "batch_size": 2, "lr": 1e-3, "width": 16, "swin_unet": {"lr": 1e-4}},
@@ -62,6 +131,9 @@ RECIPES = {
     "bcss": {"epochs": 10, "batch_size": 50, "lr": 1e-3, "width": 64, "swin_unet": {"lr": 1e-5}},
     "bcss512": {"epochs": 10, "batch_size": 50, "lr": 1e-3, "width": 64, "swin_unet": {"lr": 1e-5}},
 }
+# What all of them have in common; a loss of None is the paper's for so many classes.
+COMMON = {"classes": None, "loss": None, "schedule": "constant", "weight_decay": 0.0,
+          "augment": "all"}
 
 # Raised whenever the same flags train differently: runs of two versions share no mean.
 RECIPE_VERSION = 3
@@ -72,16 +144,18 @@ RECIPE_VERSIONS = {
 }
 
 
-def recipe_for(data, model):
-    """The values that train.py's flags default to -> {"epochs", "batch_size", "lr", "width"}."""
-    recipe = RECIPES[data] | RECIPES[data].get(model, {})
-    return {name: recipe[name] for name in ("epochs", "batch_size", "lr", "width")}
+def recipe_for(recipe, model):
+    """The values that train.py's flags default to, of a row of RECIPES -> {flag: value}."""
+    values = COMMON | RECIPES[recipe]
+    return {name: values.get(model, {}).get(name, value) for name, value in values.items()
+            if not isinstance(value, dict)}
 
 
 def recipe_overrides(args):
-    """The part of a run's arguments that differs from its recipe -> {name: value}."""
-    overrides = {name: args[name] for name, value in recipe_for(args["data"], args["model"]).items()
-                 if args[name] != value}
+    """The part of a run's arguments that differs from its recipe -> {flag: value}."""
+    recipe = recipe_for(args.get("recipe", args["data"]), args["model"])
+    overrides = {name: args[name] for name, value in recipe.items()
+                 if args.get(name, value) != value}
     if args["ignore_index"]:
         overrides["ignore_index"] = " ".join(map(str, args["ignore_index"]))
     return overrides

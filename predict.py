@@ -12,24 +12,22 @@ under these names is replaced only if predict.py has written it.
 
 import argparse
 import math
-import struct
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from data import CLASSES, TILE, find_files, index_by_stem, normalize, read_image
+from data import (SUFFIXES, TILE, find_files, index_by_stem, normalize, read_image,
+                  scaled_size, set_of)
 from models import build_model
 from plots import GREEN, PALETTE, outline
-from utils import (autocast, first_line, load_checkpoint, number, pick_device, print_progress,
-                   run_cli, write_atomic)
+from utils import (autocast, first_line, is_out_of_memory, load_checkpoint, number, pick_device,
+                   print_progress, run_cli, write_atomic)
 
-SCALES = {"monuseg": 4 * TILE / 1000, "bcss512": TILE / 512}  # as data.py resizes; of others, 1
-SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}  # what folders are read for
 MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "LAB", "HSV", "F",
          "I", "I;16", "I;16L", "I;16B")
 TWO_COLOURS = np.array([(0, 0, 0), GREEN], np.uint8)  # of one class
@@ -67,11 +65,8 @@ def read_rgb(path):
     """Read any image as viewers turn it, RGB, 8-bit, opaque; ValueError if it cannot be used."""
     try:
         image = read_image(path, MODES)
-        ImageOps.exif_transpose(image, in_place=True)
     except OSError as error:
         raise ValueError(error) from None
-    except (SyntaxError, struct.error) as error:
-        raise ValueError(f"{path}: its EXIF data are damaged ({error}): export it again") from None
     if image.mode[0] in "IF":  # grey levels of 16-bit files, and floating-point ones from 0 to 1
         white, image = 1 if image.mode == "F" else 65535, image.convert("F")
         low, high = np.min(image), np.max(image)  # NaN if one is, which Pillow would pass over
@@ -196,7 +191,7 @@ def predict_image(path, name, model, num_classes, scale, device, args):
     """Predict an image file; write its mask, its overlay and, on demand, probabilities -> mask."""
     image = read_rgb(path)
     palette = TWO_COLOURS if num_classes == 1 else PALETTE
-    size = tuple(max(1, round(scale * side)) for side in image.size)
+    size = scaled_size(image.size, scale)
     scaled = image if scale == 1 else image.resize(size, Image.Resampling.BILINEAR)
     bands = predict_bands(model, scaled, num_classes, device, args.batch_size, args.tta)
     # The mask gets its name before the probabilities do, because its mark counts for them, too.
@@ -227,13 +222,11 @@ def parse_args(argv=None):
 def main(args):
     """Predict images -> {name: share of each label, 0..1}; ValueError if one cannot be used."""
     checkpoint, device = load_checkpoint(args.checkpoint), pick_device(args.device)
-    data, num_classes = checkpoint["args"]["data"], checkpoint["num_classes"]
-    if data not in CLASSES:
-        raise ValueError(f"{args.checkpoint}: CLASSES in data.py does not know its set, {data!r}")
-    names = ["background", *CLASSES[data]] if num_classes == 1 else CLASSES[data]
+    info, num_classes = set_of(checkpoint, args.checkpoint), checkpoint["num_classes"]
+    names = ["background", *info["classes"]] if num_classes == 1 else info["classes"]
     paths = find_images(args.images, args.out)
     model = build_model(checkpoint, args.checkpoint).to(device).eval()
-    scale = args.scale or SCALES.get(data, 1)
+    scale = args.scale or info["scale"]
     args.out.mkdir(parents=True, exist_ok=True)
     Image.MAX_IMAGE_PIXELS = 2**30  # Pillow refuses what claims more than twice as many
 
@@ -243,10 +236,10 @@ def main(args):
             mask = predict_image(path, name, model, num_classes, scale, device, args)
         except (ValueError, MemoryError, RuntimeError) as error:  # name it, and do the others
             text = first_line(error)
-            if isinstance(error, RuntimeError) and "memory" not in text:
-                raise  # a mistake of ours
-            if not isinstance(error, ValueError):
+            if is_out_of_memory(error):
                 text = f"{path}: out of memory ({text}): cut it, or give a smaller --scale"
+            elif isinstance(error, RuntimeError):
+                raise  # a mistake of ours
             print_progress("")
             print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
             continue

@@ -50,7 +50,7 @@ AVERAGE = {"iou": float | None, "f1": float | None}  # None: no test tile shows 
 SCORES = {"args": ARGS, "recipe_version": int, "weights": str, "log": LOG, "seconds": [float],
           "epoch": int, "images": [str], "tiles": [float | None], "torch": str, "device": str,
           "processes": int, "per_tile": AVERAGE, "global": AVERAGE}
-KNOWN = {"data": RECIPES, "split": ("tile", "image", "official"), "model": MODELS, "skip": SKIPS}
+KNOWN = {"recipe": RECIPES, "split": ("tile", "image", "official"), "model": MODELS, "skip": SKIPS}
 
 
 def read_scores(path):
@@ -61,7 +61,9 @@ def read_scores(path):
         result = None
     wrong = first_mismatch(result, SCORES)
     if not wrong:
-        sound = {name: result["args"][name] in known for name, known in KNOWN.items()}
+        args = {"recipe": result["args"]["data"]} | result["args"]
+        sound = {name: args[name] in known for name, known in KNOWN.items()}
+        sound["data"] = re.fullmatch(r"\w[\w-]*", args["data"])
         sound["log"] = 0 < len(result["log"]) == len(result["seconds"])
         sound["tiles"] = len(result["tiles"]) == len(result["images"])
         wrong = next((name for name in sound if not sound[name]), None)

@@ -20,15 +20,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from data import fingerprint, load, normalize, split_tiles, train_batches
+from data import (COLOURS, WARPS, fingerprint, load, normalize, read_info, split_tiles,
+                  train_batches)
 from eval import compute_metrics, evaluate, metrics_table
-from losses import RECIPE_VERSION, RECIPES, loss_for, recipe_for, recipe_overrides
+from losses import LOSSES, RECIPE_VERSION, SCHEDULES, loss_for, recipe_for, recipe_overrides
 from models import MODELS, SKIPS, build_model, create_model, load_encoder
 from plots import draw_curves
 from report import read_scores
 from utils import (ARGS, CHECKPOINT, autocast, device_name, load_checkpoint, lock_folder, number,
                    on_rank_0, pick_device, print_progress, run_cli, save_checkpoint,
                    setup_processes, write_atomic)
+
+
+# What a run's checkpoints and scores.json record of its flags: all that its digits depend on.
+RECORDED = (*ARGS, "recipe", "classes", "loss", "schedule", "weight_decay", "augment")
 
 
 def parse_args(argv=None):
@@ -38,11 +43,15 @@ def parse_args(argv=None):
     parser.add_argument("--model", choices=MODELS, default="unet", help="network (default: unet)")
     parser.add_argument("--skip", choices=SKIPS, default="standard",
                         help="skip connections (default: standard)")
-    parser.add_argument("--data", choices=RECIPES, default="synthetic",
-                        help="data set (default: synthetic, drawn on the spot)")
-    parser.add_argument("--split", choices=("tile", "image", "official"), default="tile",
-                        help="what is drawn for testing: tiles as in the paper (default), whole "
-                             "images, or the official test set")
+    parser.add_argument("--data", default="synthetic", help="monuseg, bcss, bcss512, the name of a "
+                        "prepared set of your own (default: synthetic, drawn on the spot)")
+    parser.add_argument("--classes", type=number(int, above=2, most=22), metavar="K",
+                        help="of synthetic: regions and nuclei of 3 to 22 classes in place of "
+                             "nuclei alone; the tiles are the same for every K, and the labels "
+                             "K to 21 are merged into those that they are part of")
+    parser.add_argument("--split", choices=("tile", "image", "official"),
+                        help="what is drawn for testing: tiles as in the paper, whole images (the "
+                             "default of own sets), or the parts that the set came in")
     parser.add_argument("--seed", type=number(int, above=-1, most=2**63 - 1), default=0,
                         help="of all chance but the split's (default: 0)")
     # The recipe
@@ -50,6 +59,14 @@ def parse_args(argv=None):
                         "tiles")
     parser.add_argument("--batch-size", type=number(int), help="tiles per step")
     parser.add_argument("--lr", type=number(float), help="Adam's learning rate")
+    parser.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate: constant as "
+                        "in the paper, or cosine with warm-up")
+    parser.add_argument("--weight-decay", type=number(float, above=-1e-9), help="AdamW's, of "
+                        "matrices alone (default: 0)")
+    parser.add_argument("--loss", choices=LOSSES, help="bce and bce+dice are for one class, ce and "
+                        "ce+dice for several")
+    parser.add_argument("--augment", nargs="+", choices=("all", "none", *WARPS, *COLOURS),
+                        help="what changes training tiles (default: all)")
     parser.add_argument("--width", type=number(int, most=1024),
                         help="channels of the U-Net's first level")
     parser.add_argument("--ignore-index", type=int, nargs="+", default=[], metavar="LABEL",
@@ -73,20 +90,26 @@ def parse_args(argv=None):
                         "(default: data)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     args = parser.parse_args(argv)
-    pretrained = MODELS[args.model].pretrained
+    if args.classes and args.data != "synthetic":
+        parser.error("--classes is for synthetic: other sets have the classes of their masks")
+    info, pretrained = read_info(args.data, args.data_root), MODELS[args.model].pretrained
     if args.width and pretrained:
         parser.error("--width is the U-Net's: Swin-UNet's widths are fixed")
     if (args.weights or args.no_pretrained) and not pretrained:
         parser.error("--weights and --no-pretrained are Swin-UNet's: the U-Net starts from scratch")
-    for name, value in recipe_for(args.data, args.model).items():
+    if args.augment and len(args.augment) > 1 and {"all", "none"} & {*args.augment}:
+        parser.error("--augment: all and none stand alone")
+    args.augment = args.augment and " ".join(args.augment)
+    args.recipe, args.split = info["recipe"], args.split or info["split"]
+    for name, value in recipe_for(args.recipe, args.model).items():
         setattr(args, name, getattr(args, name) or value)
-    args.out = args.out or default_folder(args)
+    args.out = args.out or default_folder(args, info["split"])
     return args
 
 
-def default_folder(args):
-    """runs/DATA-MODEL-SKIP-seedK, and before the seed whatever is not the paper's."""
-    changed = [] if args.split == "tile" else [args.split]
+def default_folder(args, split):
+    """runs/DATA-MODEL-SKIP-seedK, and before the seed whatever is not the recipe's."""
+    changed = [] if args.split == split else [args.split]
     changed += [f"{name.replace('_', '')}{value}".replace(" ", "-")
                 for name, value in recipe_overrides(vars(args)).items()]
     changed += ["scratch"] if args.no_pretrained else []
@@ -100,14 +123,16 @@ def main(args):
     """
     device, rank, world_size = setup_processes(pick_device(args.device))
     tiles, parts = open_data(args, device, world_size)
-    raw_model, optimizer, scaler = build_training(args, len(tiles.classes), device)
-    loss_fn = loss_for(len(tiles.classes), args.ignore_index)
+    num_classes = len(tiles.info["classes"])
+    loss_fn = loss_for(num_classes, args.ignore_index, args.loss)
+    raw_model, optimizer, scaler = build_training(args, num_classes, device)
     num_steps = len(parts["train"]) // args.batch_size  # in an epoch
     memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
     # Start, or go on from last.pt. `run` is what a checkpoint holds beside weights and optimizer.
-    run = {"args": {name: getattr(args, name) for name in ARGS}, "num_classes": len(tiles.classes),
-           "recipe_version": RECIPE_VERSION, "split": fingerprint(tiles.rows, parts),
+    run = {"args": {name: getattr(args, name) for name in RECORDED}, "num_classes": num_classes,
+           "set": tiles.info, "recipe_version": RECIPE_VERSION,
+           "split": fingerprint(tiles.rows, parts),
            "data_root": args.data_root, "weights": "from scratch", "step": 0,
            "losses": torch.zeros(num_steps), "log": [], "seconds": [], "elapsed": 0.0}
     on_rank_0(open_folder, args)
@@ -136,18 +161,20 @@ def main(args):
     if rank == 0 and log and first % num_steps == 0:
         finish_epoch(args.out, log, save)  # a kill may have come between an epoch's writes
     batches = train_batches(tiles, parts["train"], args.batch_size, args.seed, first, total, device,
-                            rank, world_size)
+                            rank, world_size, args.augment)
     model.train()
     for step, (images, masks) in enumerate(batches, first):
         # Forward, backward, step. The scaler does nothing except for float16.
         epoch, place = divmod(step, num_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * SCHEDULES[args.schedule](step / total)
         with autocast(device):
             logits = model(normalize(images).contiguous(memory_format=memory_format))
         loss = loss_fn(logits, masks).sum() / (args.batch_size / world_size)
-        optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
+        optimizer.zero_grad()
         losses[place] = loss.detach() / world_size
         if world_size > 1:
             dist.all_reduce(losses[place])
@@ -193,12 +220,12 @@ def main(args):
 
 def open_data(args, device, world_size):
     """The tiles and the split that the flags ask for; ValueError for flags that do not fit them."""
-    tiles = load(args.data, args.data_root)
+    tiles = load(args.data, args.data_root, args.classes or 1)
     parts = split_tiles(args.data, tiles.rows, args.split)
     if not world_size <= args.batch_size <= len(parts["train"]):
         raise ValueError(f"--batch-size {args.batch_size}: give at most the {len(parts['train'])} "
                          f"training tiles, and no fewer than there are processes, {world_size}")
-    num_classes = len(tiles.classes)
+    num_classes = len(tiles.info["classes"])
     if any(num_classes == 1 or not 0 <= label < num_classes for label in args.ignore_index):
         raise ValueError(f"--ignore-index {' '.join(map(str, args.ignore_index))}: {args.data} has "
                          "no such label to ignore")
@@ -217,8 +244,11 @@ def build_training(args, num_classes, device):
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
     model.to(device)
-    # Fused Adam is the same arithmetic in fewer passes over memory.
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    # Adam, as weights do not decay by default. Fused, it is the same arithmetic in fewer passes.
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
+                                   {"params": others, "weight_decay": 0.0}], args.lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and
                                   autocast(device).fast_dtype == torch.float16)
     return model, optimizer, scaler
@@ -241,7 +271,7 @@ def resume(args, run, model, optimizer, scaler):
 
     Where there is none the run starts: a pretrained network then loads its encoder's weights.
     """
-    checkpoint = on_rank_0(read_last, args.out / "last.pt", run, model)
+    checkpoint = on_rank_0(read_last, args.out / "last.pt", run, optimizer)
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(optimizer.state_dict() | {
@@ -254,7 +284,7 @@ def resume(args, run, model, optimizer, scaler):
     return {}
 
 
-def read_last(path, run, model):
+def read_last(path, run, optimizer):
     """Read a last.pt and check that it is of this very run -> checkpoint, None if there is none.
 
     Raises ValueError if it is of another recipe, other data or another network.
@@ -265,9 +295,10 @@ def read_last(path, run, model):
         "recipe_version": int, "step": int, "losses": torch.Tensor, "seconds": [float],
         "elapsed": float, "optimizer": {"state": {int: dict}}, "scaler": dict})
     for name, value in run["args"].items():
-        if checkpoint["args"][name] != value and name != "epochs":
+        trained = checkpoint["args"].get(name)
+        if trained != value and (name != "epochs" or run["args"]["schedule"] != "constant"):
             raise ValueError(f"--{name.replace('_', '-')} {value}: {path} was trained with "
-                             f"{checkpoint['args'][name]}; give the same, or another --out")
+                             f"{trained}; give the same, or another --out")
     epochs, num_steps = len(checkpoint["log"]), len(run["losses"])
     if checkpoint["recipe_version"] != RECIPE_VERSION:
         raise ValueError(f"{path}: was trained by version {checkpoint['recipe_version']} of the "
@@ -279,7 +310,8 @@ def read_last(path, run, model):
         raise ValueError(f"--epochs {run['args']['epochs']}: {path} has trained longer, "
                          f"{checkpoint['step'] / num_steps:.1f} epochs")
     build_model(checkpoint, path)
-    parameters, moments = list(model.parameters()), checkpoint["optimizer"]["state"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = checkpoint["optimizer"]["state"]
     sound = (checkpoint["step"] // num_steps == epochs == len(checkpoint["seconds"])
              and checkpoint["losses"].shape == run["losses"].shape
              and [*moments] in ([], [*range(len(parameters))])
@@ -354,9 +386,9 @@ def test(args, run, tiles, indices, loss_fn, device, rank, world_size):
     metrics = compute_metrics(confusions, args.ignore_index)
     print_progress(f"test, {len(indices)} tiles, weights of epoch {len(checkpoint['log'])}, "
                    "percent\n")
-    print(metrics_table(metrics, tiles.classes))
+    print(metrics_table(metrics, tiles.info["classes"]))
     if rank == 0:
-        names = "args", "recipe_version", "weights", "log", "seconds"
+        names = "args", "set", "recipe_version", "weights", "log", "seconds"
         facts = {name: run[name] for name in names} | {
             "epoch": len(checkpoint["log"]), "images": [tiles.rows[i][0] for i in indices],
             "torch": torch.__version__, "device": device_name(device), "processes": world_size}

@@ -45,6 +45,8 @@ def write_atomic(path):
             partial.unlink(missing_ok=True)
             raise
     except OSError as error:
+        if error.errno is None or isinstance(error, BrokenPipeError):
+            raise  # of another file, or of our output
         raise OSError(f"{path}: cannot be written ({error.strerror or error}); if there was one "
                       "before, it is untouched") from None
 
@@ -175,10 +177,10 @@ def run_cli(main, parse_args, after_interrupt="nothing unfinished was kept"):
         sys.exit(2)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         text = first_line(error)
-        if isinstance(error, (MemoryError, RuntimeError)):
-            if isinstance(error, RuntimeError) and "memory" not in text:
-                raise  # a mistake of ours
+        if is_out_of_memory(error):
             text = f"out of memory ({text}): give less at a time, or use a smaller network"
+        elif isinstance(error, RuntimeError):
+            raise  # a mistake of ours
         if is_first:  # one process speaks for all
             print_progress("")
             print(f"{name}: {text}", file=sys.stderr)
@@ -186,6 +188,12 @@ def run_cli(main, parse_args, after_interrupt="nothing unfinished was kept"):
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted; {after_interrupt}", file=sys.stderr)
         sys.exit(130)
+
+
+def is_out_of_memory(error):
+    """Whether it is Python's error for that, or one of PyTorch's, which has no type of its own."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and
+                                              "memory" in first_line(error))
 
 
 def first_line(error):

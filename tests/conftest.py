@@ -25,7 +25,7 @@ FLAGS = "--data monuseg --width 2 --batch-size 2 --epochs 3 --device cpu".split(
 
 
 def made_up_tiles(*_):
-    """Stands for data.load: 16 grey tiles of 32 pixels, two an image, each with a dark rectangle."""
+    """Stands for data.load: 16 grey tiles of 32 pixels, two an image, each with a dark block."""
     rng = np.random.default_rng(0)
     masks = np.zeros((16, 32, 32), np.uint8)
     for mask in masks:
@@ -34,7 +34,7 @@ def made_up_tiles(*_):
     images = 200 - 110 * masks[..., None] + rng.integers(-30, 30, (16, 32, 32, 3))
     rows = [(f"image-{i // 2}", 0, i % 2, "test" if i > 11 else "train") for i in range(16)]
     return data.Tiles(torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(masks), rows,
-                      ["nucleus"])
+                      data.SETS["monuseg"])
 
 
 PARTS = data.split_tiles("monuseg", made_up_tiles().rows, "tile")  # 11, 3 and 2 tiles

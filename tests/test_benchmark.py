@@ -22,7 +22,7 @@ def flags(text):
 def repeated(image, n):
     """n tiles of one image (H, W, 3) uint8; a mask labels what is bright."""
     masks = (image[..., 0] > 90).to(torch.uint8)
-    return Tiles(image.repeat(n, 1, 1, 1), masks.repeat(n, 1, 1), [], ["bright"])
+    return Tiles(image.repeat(n, 1, 1, 1), masks.repeat(n, 1, 1), [], {})
 
 
 def test_naive_fusion_is_the_same_function():

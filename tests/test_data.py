@@ -209,7 +209,9 @@ def test_linked_folders_are_followed_and_a_circle_of_links_ends(tmp_path):
 def test_preparing_twice_does_nothing_and_says_so(tmp_path, capsys):
     prepare(write_raw(tmp_path / "raw", "a"), tmp_path / "root")
     before = content(tmp_path / "root")
-    assert before.keys() == {f"monuseg/{name}" for name in ("images.npy", "masks.npy", "tiles.csv")}
+    assert before.keys() == {f"monuseg/{name}" for name in ("images.npy", "masks.npy", "tiles.csv",
+                                                            "set.json")}
+    assert json.loads(before["monuseg/set.json"])["from"] == [str(tmp_path / "raw")]
     prepare(write_raw(tmp_path / "raw", "b"), tmp_path / "root")
     assert "prepared already" in capsys.readouterr().out and content(tmp_path / "root") == before
 
@@ -221,6 +223,7 @@ def test_a_reader_of_another_number_of_tiles_than_listed_is_refused(tmp_path, mo
     monkeypatch.setitem(data.READERS, "own", (
         lambda folders: [("one.png", "mask.png", [("one", 0, 0, "train")])],
         lambda image, mask: (noise(*images), noise(*masks))))
+    monkeypatch.setitem(data.SETS, "own", data.SETS["monuseg"])
     with pytest.raises(ValueError, match=r"^one\.png: .*\(2, 224, 224"):
         data.prepare("own", ["raw"], tmp_path)
     assert not (tmp_path / "own").exists()
@@ -610,7 +613,7 @@ def test_normalize_matches_its_formula():
 def test_get_batch_equals_indexing_by_hand_also_from_memory_maps(tmp_path):
     folder = write_prepared(tmp_path, 4)
     images, masks = (np.load(folder / f"{name}.npy") for name in ("images", "masks"))
-    in_memory = data.Tiles(torch.from_numpy(images), torch.from_numpy(masks), [], ["nucleus"])
+    in_memory = data.Tiles(torch.from_numpy(images), torch.from_numpy(masks), [], {})
     for tiles in data.load("monuseg", tmp_path), in_memory:
         batch, labels = data.get_batch(tiles, torch.tensor([3, 1]), "cpu")
         assert batch.dtype == torch.float32 and labels.dtype == torch.int64
@@ -625,7 +628,7 @@ def batches(first, last, size=4, **kwargs):
     """Training steps -> [(images, masks, what the network would draw)]; a mask is its tile's index.
     """
     masks = torch.arange(62, dtype=torch.uint8)[:, None, None].repeat(1, 16, 16)
-    tiles = data.Tiles(torch.from_numpy(noise(62, 16, 16, 3)), masks, [], [])
+    tiles = data.Tiles(torch.from_numpy(noise(62, 16, 16, 3)), masks, [], {})
     return [(images, masks, torch.rand(3)) for images, masks in
             data.train_batches(tiles, INDICES, size, 7, first, last, "cpu", **kwargs)]
 

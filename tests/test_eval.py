@@ -236,7 +236,7 @@ def test_where_no_tile_shows_a_class_a_dash_stands_for_the_score(whole, capsys, 
 
 
 def test_data_are_looked_for_where_training_found_them(whole, capsys, tmp_path, monkeypatch):
-    def load(data, root):
+    def load(data, root, num_classes):
         roots.append(root)
         return made_up_tiles()
 
@@ -274,7 +274,7 @@ def test_what_is_no_checkpoint_is_refused_and_its_code_not_run(whole, tmp_path, 
 
 def test_tiles_other_than_those_of_the_training_are_refused(whole, capsys, monkeypatch):
     tiles = made_up_tiles()
-    fewer = data.Tiles(tiles.images[1:], tiles.masks[1:], tiles.rows[1:], tiles.classes)
+    fewer = data.Tiles(tiles.images[1:], tiles.masks[1:], tiles.rows[1:], tiles.info)
     monkeypatch.setattr(evaluation, "load", lambda *_: fewer)
     line = refused(capsys, evaluation, whole.out / "best.pt", "--data-root", "elsewhere")
     assert "other tiles than elsewhere" in line and str(whole.out / "best.pt") in line
@@ -283,10 +283,10 @@ def test_tiles_other_than_those_of_the_training_are_refused(whole, capsys, monke
 def test_a_network_of_other_classes_or_unknown_data_is_refused(whole, tmp_path, capsys,
                                                                monkeypatch):
     path = changed(whole, tmp_path / "best.pt", num_classes=3)
-    assert f"{path}: knows 3 classes, but monuseg has 1" in refused(capsys, evaluation, path)
+    assert f"{path}: does not say what its 3 classes are" in refused(capsys, evaluation, path)
     changed(whole, path, args={"data": "../secret"})
     monkeypatch.setattr(evaluation, "load", data.load)
-    assert "no data set is called '../secret'" in refused(capsys, evaluation, path)
+    assert "../secret is not prepared" in refused(capsys, evaluation, path)
 
 
 def test_a_figure_of_two_splits_is_refused_before_anything_is_scored(whole, tmp_path, capsys):

@@ -27,7 +27,7 @@ def no_card(monkeypatch):
 
 def tiles(device="cpu"):
     return data.Tiles(torch.zeros(4, 224, 224, 3, dtype=torch.uint8, device=device),
-                      torch.zeros(4, 224, 224, dtype=torch.uint8, device=device), [], [])
+                      torch.zeros(4, 224, 224, dtype=torch.uint8, device=device), [], {})
 
 
 class OnCuda(torch.nn.Module):

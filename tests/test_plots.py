@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data import CLASSES
+from data import SETS
 from plots import (FALSE_ALARM, FOUND, GREEN, LINES, MISSED, PALETTE, draw_curves, draw_figure,
                    draw_preview, paint, round_ticks)
 
@@ -113,7 +113,7 @@ def test_more_classes_show_their_palette_colour_and_a_legend():
     labels = np.repeat(np.arange(22, dtype=np.uint8), 11)[:224][None].repeat(224, 0)
     image = np.full((224, 224, 3), 77, np.uint8)
     drawn = np.asarray(draw_figure(["one", "two"], [("tile", image, labels, [labels, labels],
-                                                     ["", ""])], CLASSES["bcss512"]))
+                                                     ["", ""])], SETS["bcss512"]["classes"]))
     assert drawn.shape[1] == 4 * 234 + 10 and (drawn[40:264, 10:234] == 77).all()
     shown = colours_of(PALETTE[labels])
     for column in 1, 2, 3:

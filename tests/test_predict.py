@@ -177,7 +177,7 @@ def test_network_sees_exactly_what_it_saw_in_training(use, tmp_path, name, side)
     tiles, masks = tiles.view(-1, 224, 224, 3), masks.view(-1, 224, 224)
     expected = list(data.normalize(data.to_batch((tiles, masks), "cpu")[0]))
 
-    unet, swin = (redness(len(data.CLASSES[name]), like) for like in ("unet", "swin_unet"))
+    unet, swin = (redness(len(data.SETS[name]["classes"]), like) for like in ("unet", "swin_unet"))
     for network in unet, swin:
         use(network, image, data=name)
     large, = unet.shown[0]
@@ -403,7 +403,7 @@ def test_what_is_no_checkpoint_ends_with_one_line(script, tmp_path):
 
 def test_a_checkpoint_of_an_unknown_data_set_is_refused(use, tmp_path):
     noise(9, 9).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"best\.pt: CLASSES in data\.py .* 'glands'"):
+    with pytest.raises(ValueError, match=r"best\.pt: does not say what its .* classes are"):
         use(redness(), tmp_path / "a.png", data="glands")
 
 
@@ -433,7 +433,7 @@ def test_mask_of_many_classes_holds_their_indices_in_the_palettes_colours(use, t
     assert (np.asarray(mask.convert("RGB")) == PALETTE[expected]).all()
     assert shares["a"] == pytest.approx(np.bincount(expected.ravel(), minlength=22) / 6000)
     commonest = int(np.argmax(shares["a"]))
-    text = f"{data.CLASSES['bcss512'][commonest]} {100 * shares['a'][commonest]:.1f} %"
+    text = f"{data.SETS['bcss512']['classes'][commonest]} {100 * shares['a'][commonest]:.1f} %"
     assert text in capsys.readouterr().out
 
     probabilities = np.load(tmp_path / "out" / "a_probabilities.npy")
@@ -445,7 +445,7 @@ def test_mask_of_many_classes_holds_their_indices_in_the_palettes_colours(use, t
 def test_overlay_outlines_every_region_in_its_colour(use, tmp_path, name, width):
     image = noise(3, 150).resize((60, 3000))  # taller than the strips it is drawn in
     image.save(tmp_path / "a.png")
-    classes = len(data.CLASSES[name])
+    classes = len(data.SETS[name]["classes"])
     use(redness(classes), tmp_path / "a.png", data=name)
     mask = np.array(Image.open(tmp_path / "out" / "a_mask.png"))
     palette = np.array([(0, 0, 0), (0, 255, 0)]) if classes == 1 else PALETTE

@@ -1,0 +1,207 @@
+"""Data sets of one's own: folders of images and masks, to tiles, scores and predictions."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import refused
+from PIL import Image
+
+import data
+import eval as evaluation
+import predict
+import train
+
+
+def noise(*shape, high=256, seed=0):
+    return np.random.default_rng(seed).integers(high, size=shape, dtype=np.uint8)
+
+
+def write_set(folder, n=10, labels=(0, 255), size=(230, 300), name="image"):
+    """Images of noise, height x width, and masks whose columns show the labels in turn."""
+    for kind in "images", "masks":
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        mask = np.resize(np.repeat(np.uint8(labels), 20), (size[1],))[None].repeat(size[0], 0)
+        Image.fromarray(noise(*size, 3, seed=i)).save(folder / "images" / f"{name}-{i}.png")
+        Image.fromarray(np.roll(mask, i, 1)).save(folder / "masks" / f"{name}-{i}.png")
+    return folder
+
+
+def prepare(folder, root, *flags, name="mine"):
+    data.main(data.parse_args(["prepare", name, "--from", str(folder), "--data-root", str(root),
+                               *flags]))
+    return data.load(name, root)
+
+
+# Preparation
+
+
+@pytest.mark.parametrize("size", [(224, 224), (224, 449), (300, 670), (447, 448)])
+def test_every_pixel_of_an_image_is_in_a_tile(tmp_path, size):
+    tiles = prepare(write_set(tmp_path / "raw", 1, (0, 1, 2), size), tmp_path)
+    image, mask = (np.asarray(Image.open(tmp_path / "raw" / kind / "image-0.png"))
+                   for kind in ("images", "masks"))
+    seen = np.zeros(size, int)
+    for tile, labels, (_, row, column, _) in zip(tiles.images, tiles.masks, tiles.rows):
+        y, x = min(224 * row, size[0] - 224), min(224 * column, size[1] - 224)
+        assert (tile.numpy() == image[y:y + 224, x:x + 224]).all()
+        assert (labels.numpy() == mask[y:y + 224, x:x + 224]).all()
+        seen[y:y + 224, x:x + 224] += 1
+    assert seen.min() == 1
+
+
+@pytest.mark.parametrize("labels, flags, classes", [
+    ((0, 255), (), ["foreground"]), ((0, 1), (), ["foreground"]),
+    ((0, 7), ("--classes", "nucleus"), ["nucleus"]),
+    ((0, 1), ("--classes", "background", "nucleus"), ["background", "nucleus"]),
+    ((0, 1, 2), (), ["class 0", "class 1", "class 2"]),
+    ((0, 3), ("--classes", "a", "b", "c", "d"), ["a", "b", "c", "d"])])
+def test_classes_follow_from_the_labels_or_are_named(tmp_path, labels, flags, classes):
+    tiles = prepare(write_set(tmp_path / "raw", labels=labels), tmp_path, *flags)
+    assert tiles.info["classes"] == classes
+    assert tiles.info["recipe"] == ("monuseg" if len(classes) == 1 else "bcss")
+    expected = [0, 1] if len(classes) == 1 else sorted(labels)
+    assert tiles.masks.unique().tolist() == expected
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1"])
+def test_masks_of_any_one_channel_mode_count_by_index(tmp_path, mode):
+    folder = write_set(tmp_path / "raw", 3)
+    for path in (folder / "masks").iterdir():
+        mask = Image.open(path).point(lambda value: value > 0)
+        if mode == "P":
+            mask.putpalette([9, 9, 9, 200, 0, 0])  # its colours say nothing
+        (mask.point(lambda value: 255 * value, "1") if mode == "1" else mask).save(path)
+        assert Image.open(path).mode == mode
+    assert prepare(folder, tmp_path).masks.unique().tolist() == [0, 1]
+
+
+def test_grey_and_turned_images_are_taken_as_they_look(tmp_path):
+    folder = write_set(tmp_path / "raw", 2)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    Image.fromarray(noise(300, 230)).save(folder / "images/image-1.png", exif=exif)
+    tiles = prepare(folder, tmp_path)
+    turned = np.rot90(noise(300, 230), -1)[:224, :224]
+    assert (tiles.images[4].numpy() == turned[..., None]).all()
+
+
+def test_scale_is_stored_and_used_by_predict(tmp_path):
+    tiles = prepare(write_set(tmp_path / "raw", 6, size=(150, 200)), tmp_path, "--scale", "1.5")
+    image = Image.open(tmp_path / "raw/images/image-0.png").resize(
+        (300, 225), Image.Resampling.BILINEAR)
+    assert (tiles.images[0].numpy() == np.asarray(image)[:224, :224]).all()
+    train.main(train.parse_args(f"--data mine --data-root {tmp_path} --width 2 --epochs 1 "
+                                f"--batch-size 4 --out {tmp_path}/run".split()))
+    predict.main(predict.parse_args([
+        f"{tmp_path}/run/best.pt", str(tmp_path / "raw/images/image-0.png"), "--probabilities",
+        "--out", str(tmp_path / "out")]))
+    assert np.load(tmp_path / "out/image-0_probabilities.npy").shape == (225, 300, 1)
+    assert Image.open(tmp_path / "out/image-0_mask.png").size == (200, 150)
+
+
+def test_parts_are_the_official_split_and_else_whole_images_are_drawn(tmp_path):
+    for part, n in ("train", 3), ("val", 2), ("test", 1):
+        write_set(tmp_path / "raw" / part, n, name=part)
+    tiles = prepare(tmp_path / "raw", tmp_path)
+    parts = data.split_tiles("mine", tiles.rows, tiles.info["split"])
+    assert {part: {tiles.rows[i][0] for i in indices} for part, indices in parts.items()} == {
+        "train": {"train-0", "train-1", "train-2"}, "val": {"val-0", "val-1"}, "test": {"test-0"}}
+    whole = prepare(write_set(tmp_path / "one folder"), tmp_path, name="other")
+    parts = data.split_tiles("other", whole.rows, whole.info["split"])
+    assert [len({whole.rows[i][0] for i in indices}) for indices in parts.values()] == [7, 2, 1]
+
+
+# The other scripts
+
+
+@pytest.mark.parametrize("labels", [(0, 255), (0, 1, 2)])
+def test_own_data_train_and_score_and_predict_by_their_name_alone(tmp_path, capsys, monkeypatch,
+                                                                  labels):
+    monkeypatch.chdir(tmp_path)
+    folder = write_set(tmp_path / "raw", labels=labels)
+    prepare(folder, "data")
+    score = train.main(train.parse_args("--data mine --width 2 --epochs 1 --batch-size 4".split()))
+    run, = (tmp_path / "runs").iterdir()
+    assert run.name == "mine-unet-standard-epochs1-batchsize4-width2-seed0"
+    stored = json.loads((run / "scores.json").read_text())
+    assert stored["set"]["classes"] == json.loads((tmp_path / "data/mine/set.json").read_text())[
+        "classes"] and len(stored["classes"]) == (1 if len(labels) == 2 else 3)
+    result, = evaluation.main(evaluation.parse_args([f"{run}/best.pt", "--figure", "figure.png"]))
+    assert result["per_tile"]["iou"] == score
+    capsys.readouterr()
+    predict.main(predict.parse_args([f"{run}/best.pt", f"{folder}/images/image-0.png"]))
+    assert result["set"]["classes"][0] in capsys.readouterr().out
+
+
+def test_a_set_prepared_with_other_classes_than_the_checkpoints_is_refused(tmp_path, capsys):
+    folder = write_set(tmp_path / "raw", labels=(0, 1, 2))
+    for names in ["a", "b", "c"], ["a", "b", "other"]:
+        root = tmp_path / names[-1]
+        prepare(folder, root, "--classes", *names)
+    train.main(train.parse_args(f"--data mine --data-root {tmp_path}/c --width 2 --epochs 1 "
+                                f"--batch-size 4 --out {tmp_path}/run".split()))
+    line = refused(capsys, evaluation, tmp_path / "run/best.pt", "--data-root", root)
+    assert "a, b, c" in line and "a, b, other" in line
+
+
+# Bad input: one line that names it
+
+
+def save(path, array):
+    return lambda raw: Image.fromarray(array).save(raw / path)
+
+
+def remove(pattern):
+    return lambda raw: [path.unlink() for path in raw.glob(pattern)]
+
+
+BAD = {
+    "no images": (remove("images/*"), (), "images: holds no image"),
+    "no masks": (remove("masks/*"), (), "image-0.png: no mask"),
+    "a mask too few": (remove("masks/image-1.png"), (), "image-1.png: no mask"),
+    "an image too few": (remove("images/image-1.png"), (), "image-1.png: no image"),
+    "sizes that differ": (save("masks/image-1.png", noise(230, 301, high=2)), (),
+                          "masks/image-1.png: 301 x 230 pixels, but image-1.png has 300 x 230"),
+    "three values for one class": (save("masks/image-1.png", noise(230, 300, high=3)),
+                                   ("--classes", "nucleus"), "two values, 0 and another"),
+    "three values for two names": (save("masks/image-1.png", noise(230, 300, high=3)),
+                                   ("--classes", "a", "b"), "--classes names 2"),
+    "a gap": (save("masks/image-1.png", 2 * noise(230, 300, high=3)), (), "without gaps"),
+    "256 labels": (save("masks/image-1.png", noise(230, 300)), (), "at most 22"),
+    "16-bit mask": (save("masks/image-1.png", noise(230, 300).astype(np.uint16)), (),
+                    "replace colours by indices"),
+    "colours": (save("masks/image-1.png", noise(230, 300, 3)), (), "mode RGB, but a mask"),
+    "small image": (save("images/image-1.png", noise(100, 300, 3)), (), "--scale 2.25"),
+    "duplicate stems": (save("images/image-1.bmp", noise(230, 300, 3)), (), "the same name"),
+    "no image file": (lambda raw: (raw / "images/image-1.png").write_bytes(b"GIF"), (),
+                      "image-1.png: not a readable image"),
+    "empty part": (lambda raw: [(raw / "train" / kind).mkdir(parents=True)
+                                for kind in ("images", "masks")], (), "train/images: holds no"),
+    "no folders": (lambda raw: (raw / "images").rename(raw / "pictures"), (), "images: no such"),
+}
+
+
+@pytest.mark.parametrize("change, flags, said", BAD.values(), ids=BAD)
+def test_bad_own_data_are_named_and_nothing_is_prepared(tmp_path, capsys, change, flags, said):
+    change(write_set(tmp_path / "raw", 3, labels=(0, 1)))
+    line = refused(capsys, data, "prepare", "mine", "--from", tmp_path / "raw", "--data-root",
+                   tmp_path, *flags)
+    assert said in line and not (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize("name, flags, said", [
+    ("synthetic", (), "'synthetic' cannot name"), ("a/b", (), "'a/b' cannot name"),
+    ("..", (), "'..' cannot name"), ("bcss", ("--classes", "a"), "of bcss are fixed"),
+    ("monuseg", ("--scale", "2"), "of monuseg are fixed"), ("mine", ("--scale", "-1"), "--scale"),
+    ("mine", ("--classes", "a", "a"), "different names")])
+def test_names_and_flags_that_cannot_be_are_refused(tmp_path, capsys, name, flags, said):
+    assert said in refused(capsys, data, "prepare", name, "--from", tmp_path, *flags)
+
+
+def test_a_set_that_is_not_prepared_says_how(tmp_path, capsys):
+    line = refused(capsys, train, "--data", "mine", "--data-root", tmp_path)
+    assert "data.py prepare mine --from DIR" in line
+    assert torch.is_tensor(data.load("synthetic", tmp_path).images)

@@ -1,0 +1,141 @@
+"""The flags of an experiment: losses, schedules, weight decay, augmentations, and all at once."""
+
+import math
+
+import pytest
+import torch
+from conftest import arguments, fit, load, made_up_tiles, refused
+
+import data
+import train
+from losses import LOSSES, ONE_CLASS, SCHEDULES, SEVERAL_CLASSES, dice_loss, focal_loss, loss_for
+
+pytestmark = pytest.mark.usefixtures("tiny_set")
+FITTING = [(name, k) for name in LOSSES for k in (1, 3)
+           if name not in (SEVERAL_CLASSES if k == 1 else ONE_CLASS)]
+
+
+@pytest.mark.parametrize("name, num_classes", FITTING)
+def test_every_loss_falls_as_the_prediction_gets_better(name, num_classes):
+    masks = torch.randint(max(2, num_classes), (2, 8, 8),
+                          generator=torch.Generator().manual_seed(0))
+    right = (masks[:, None] * 2.0 - 1 if num_classes == 1 else
+             torch.nn.functional.one_hot(masks, 3).permute(0, 3, 1, 2).float())
+    strength = torch.tensor(1.0, requires_grad=True)
+    loss = loss_for(num_classes, (), name)
+    values = [loss(factor * strength * right, masks) for factor in (-2, 0, 2, 9)]
+    assert all(value.shape == (2,) and value.dtype == torch.float32 for value in values)
+    means = [value.mean().item() for value in values]
+    assert means == sorted(means, reverse=True) and means[-1] < 0.1 * means[0]
+    values[2].sum().backward()
+    assert strength.grad < 0
+
+
+@pytest.mark.parametrize("name, num_classes", FITTING)
+def test_no_loss_of_a_tile_depends_on_its_batch_or_on_ignored_pixels(name, num_classes):
+    torch.manual_seed(0)
+    logits = torch.randn(3, num_classes, 6, 6)
+    masks = torch.randint(max(2, num_classes), (3, 6, 6))
+    loss = loss_for(num_classes, (), name)
+    one_by_one = torch.cat([loss(logits[i:i + 1], masks[i:i + 1]) for i in range(3)])
+    torch.testing.assert_close(loss(logits, masks), one_by_one)
+    if num_classes > 1:
+        noise = torch.where(masks == 2, torch.randn(3, 6, 6), torch.zeros(()))[:, None]
+        ignoring = loss_for(num_classes, (2,), name)
+        torch.testing.assert_close(ignoring(logits, masks), ignoring(logits + noise * torch.tensor(
+            [1.0, -1, 2]).view(3, 1, 1), masks))
+
+
+def test_dice_and_focal_of_one_class_match_values_by_hand():
+    logits, masks = torch.tensor([[[[0.0, math.log(3)]]]]), torch.tensor([[[1, 0]]])
+    p = 1 / 2, 3 / 4  # the foreground is the first pixel
+    torch.testing.assert_close(dice_loss(logits, masks), torch.tensor([1 - 2 * p[0] / (5/4 + 1)]))
+    expected = (-math.log(p[0]) * (1 - p[0])**2 - math.log(1 - p[1]) * p[1]**2) / 2
+    torch.testing.assert_close(focal_loss(logits, masks), torch.tensor([expected]))
+
+
+@pytest.mark.parametrize("name", SEVERAL_CLASSES)
+def test_a_loss_that_does_not_fit_the_classes_is_refused(tmp_path, capsys, name):
+    line = refused(capsys, train, *arguments(tmp_path / "run", "--loss", name))
+    assert f"--loss {name}" in line and not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="--loss bce"):
+        loss_for(3, (), "bce")
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_stays_between_0_and_the_rate(name):
+    factors = [SCHEDULES[name](step / 1000) for step in range(1000)]
+    assert min(factors) >= 0 and max(factors) == pytest.approx(1, abs=1e-3)
+
+
+def test_cosine_warms_up_and_falls_to_zero():
+    cosine = SCHEDULES["cosine"]
+    assert cosine(0) == 0 and cosine(0.015) == pytest.approx(0.5) and cosine(0.03) == 1
+    assert cosine(0.515) == pytest.approx(0.5) and cosine(1) == pytest.approx(0)
+
+
+def test_weights_decay_in_matrices_alone():
+    args = train.parse_args("--width 2 --weight-decay 0.5 --lr 0.1".split())
+    model, optimizer, _ = train.build_training(args, 1, torch.device("cpu"))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for parameter, old in zip(model.parameters(), before):
+        torch.testing.assert_close(parameter.detach(), old * (0.95 if old.ndim > 1 else 1))
+
+
+def batches(augmentations):
+    tiles, indices = made_up_tiles(), torch.arange(4)
+    return [*data.train_batches(tiles, indices, 4, 0, 0, 9, "cpu", augmentations=augmentations)]
+
+
+def test_without_augmentation_training_sees_the_tiles_themselves():
+    plain = made_up_tiles().images[:4].permute(0, 3, 1, 2) / 255
+    for images, _ in batches("none"):
+        assert all(any(torch.allclose(image, tile, atol=1e-4) for tile in plain)
+                   for image in images)
+
+
+@pytest.mark.parametrize("name", [*data.WARPS, *data.COLOURS])
+def test_an_augmentation_can_be_chosen_alone_and_changes_something(name):
+    changed = [not torch.allclose(one[0], other[0], atol=1e-3)
+               for one, other in zip(batches(name), batches("none"))]
+    assert any(changed)
+    masks_move = any(not torch.equal(one[1], other[1])
+                     for one, other in zip(batches(name), batches("none")))
+    assert masks_move == (name in data.WARPS)  # colours leave masks alone
+
+
+@pytest.mark.parametrize("flags", ["--loss bce+dice", "--schedule cosine", "--weight-decay 0.1",
+                                   "--augment none", "--augment flip rotation"])
+def test_every_flag_changes_the_run_and_is_held_to_on_resume(tmp_path, capsys, whole, flags):
+    out = tmp_path / "run"
+    fit(out, *flags.split())
+    stored, plain = (load(path / "last.pt") for path in (out, whole.out))
+    assert not torch.equal(stored["model"]["head.weight"], plain["model"]["head.weight"])
+    name = flags.split()[0]
+    assert name in refused(capsys, train, *arguments(out, "--resume"))
+    assert str(train.parse_args(["--data", "synthetic", *flags.split()]).out).count(
+        name.strip("-").replace("-", "")) == 1
+
+
+def test_flags_together_resume_to_the_bit(tmp_path, monkeypatch):
+    flags = ("--loss bce+dice --schedule cosine --weight-decay 0.05 --augment flip brightness "
+             "--save-every 0.000001").split()
+    score, augment, count = fit(tmp_path / "whole", *flags), data.augment, iter(range(99))
+
+    def stop(*args):
+        if next(count) == 6:
+            raise KeyboardInterrupt
+        return augment(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, "augment", stop)
+        fit(tmp_path / "run", *flags)
+    assert fit(tmp_path / "run", *flags, "--resume") == score
+    one, other = (load(tmp_path / name / "last.pt")["model"] for name in ("run", "whole"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    line = "--epochs 4"  # another length would bend the schedule
+    with pytest.raises(ValueError, match=line):
+        fit(tmp_path / "run", *flags, *line.split(), "--resume")
