@@ -130,7 +130,7 @@ KINDS = {
 # and how much its ground shows of each texture: fibres, clumps, grain, and cells of three sizes.
 REGIONS = {
     "stroma": (0.20, 0.12, 0.50, 0.38, (0.60, 0.00, 0.15, 0.00, 0.00, 0.00)),
-    "tumour": (0.20, 0.29, 0.42, 0.55, (0.00, 1.10, 0.50, 0.00, 0.00, 0.00)),
+    "tumour": (0.20, 0.28, 0.42, 0.55, (0.00, 1.10, 0.50, 0.00, 0.00, 0.00)),
     "epithelium": (0.03, 0.20, 0.43, 0.50, (0.00, 0.00, 0.10, 0.00, -1.10, 0.00)),
     "lymphoid": (0.03, 0.26, 0.34, 0.85, (0.15, 0.00, 0.15, 0.00, 0.00, 0.00)),
     "necrosis": (-0.02, 0.12, 0.58, 0.45, (0.00, 0.20, 0.90, 0.00, 0.00, 0.00)),
@@ -190,7 +190,7 @@ def draw_ground(rng, region, grain):
 
     # Distractors in the nuclei's own blue: haze and blurred smudges.
     smudges = Image.new("L", (TILE, TILE))
-    for x, y, radius in rng.uniform((0, 0, 4), (TILE, TILE, 13), (8, 3)):
+    for x, y, radius in rng.uniform((0, 0, 4), (TILE, TILE, 13), (10, 3)):
         box = x - radius, y - radius, x + radius, y + radius
         ImageDraw.Draw(smudges).ellipse(box, fill=int(rng.uniform(50, 150)))
     haze = rng.uniform(0.3, 0.8) * (1.6 * noise(rng, 36) - 0.7).clip(0, 1)
@@ -216,7 +216,7 @@ def draw_nuclei(rng, region, direction):
         bumpy = rng.uniform(*radii) * (1 + bumps * np.cos(3 * t + rng.uniform(0, 6)))
         tilt = direction[int(y), int(x)] + rng.normal(0, 0.3)
         outline = np.exp(1j * tilt) * bumpy * (np.cos(t) + 1j * width * np.sin(t))
-        stain = rng.uniform(65, 130)
+        stain = rng.uniform(55, 125)
         for scale, value in layers:
             points = np.stack((x + scale * outline.real, y + scale * outline.imag), axis=1)
             points = points.ravel().tolist()

@@ -23,6 +23,7 @@ from conftest import SHARED, refused
 from PIL import Image
 
 import data
+import synthetic as synthetic_tissue
 import plots
 
 SQUARE = [(100, 100), (400, 100), (400, 300), (100, 300)]
@@ -450,6 +451,37 @@ def test_no_threshold_on_a_colour_solves_the_synthetic_set(synthetic):
         for order in 1, -1:  # nuclei are what is darker, or what is brighter
             tp, fp = nuclei[::order].cumsum(), rest[::order].cumsum()
             assert (tp / (nuclei.sum() + fp)).max() < 0.6
+
+
+@pytest.fixture(scope="module")
+def tissue():
+    """Sixteen tiles with all 22 labels."""
+    return synthetic_tissue.draw_tiles(16, 22)
+
+
+@pytest.mark.parametrize("k", range(3, 23))
+def test_classes_are_merged_labels_of_the_same_tiles(tissue, k):
+    images, labels = tissue
+    masks = synthetic_tissue.merge(labels, k)
+    assert np.unique(masks).tolist() == list(range(k)) and masks.shape == (16, 224, 224)
+    parent = synthetic_tissue.PARENT[k - 1]  # into which the last of k classes goes with k - 1
+    assert parent < k - 1
+    fewer = synthetic_tissue.merge(labels, k - 1)
+    assert (np.where(masks == k - 1, parent, masks) == fewer).all()
+    again = data.synthetic(1, k)
+    assert (again.images.numpy() == images[:1]).all() and (again.masks.numpy() == masks[:1]).all()
+    assert again.info["classes"] == list(synthetic_tissue.NAMES[:k])
+
+
+def test_colour_alone_does_not_solve_the_classes(tissue):
+    """The commonest label of each colour, learnt from eight tiles, on the other eight."""
+    images, labels = tissue[0] // 16 @ np.array([256, 16, 1]), synthetic_tissue.merge(tissue[1], 3)
+    counts = np.stack([np.bincount(images[:8][labels[:8] == label], minlength=4096)
+                       for label in range(3)])
+    found, true = counts.argmax(axis=0)[images[8:]], labels[8:]
+    ious = [((found == label) & (true == label)).sum() / ((found == label) | (true == label)).sum()
+            for label in range(3)]
+    assert np.mean(ious) < 0.45
 
 
 # -----------------------------------------------------------------------------

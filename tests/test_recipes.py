@@ -7,6 +7,7 @@ import torch
 from conftest import arguments, fit, load, made_up_tiles, refused
 
 import data
+import eval as evaluation
 import train
 from losses import LOSSES, ONE_CLASS, SCHEDULES, SEVERAL_CLASSES, dice_loss, focal_loss, loss_for
 
@@ -139,3 +140,15 @@ def test_flags_together_resume_to_the_bit(tmp_path, monkeypatch):
     line = "--epochs 4"  # another length would bend the schedule
     with pytest.raises(ValueError, match=line):
         fit(tmp_path / "run", *flags, *line.split(), "--resume")
+
+
+def test_synthetic_classes_train_and_score_by_their_names(tmp_path, monkeypatch, capsys):
+    for module in train, evaluation:
+        monkeypatch.setattr(module, "load", lambda name, root, k: data.synthetic(10, k))
+    flags = f"--classes 4 --width 2 --epochs 1 --batch-size 4 --out {tmp_path}".split()
+    train.main(train.parse_args(flags))
+    result, = evaluation.main(evaluation.parse_args([f"{tmp_path}/best.pt"]))
+    assert "tumour_nucleus" in capsys.readouterr().out and len(result["classes"]) == 4
+    assert "--classes" in refused(capsys, train, *flags[2:], "--resume")
+    for wrong in "--classes 2", "--classes 23", "--classes 3 --data monuseg":
+        assert "--classes" in refused(capsys, train, *wrong.split())
