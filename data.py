@@ -738,7 +738,8 @@ def prepare(data, folders, root, **options):
 
     # Read some files at a time, write their tiles, note how far we are. (Plain writes: where the
     # disk is full they raise, while writing to a memory map would kill the process.)
-    start, first, chunk = time.time(), state["files"], max(1, 256 // len(items[0][2]))
+    start, first = time.time(), state["files"]
+    chunk = max(1, 256 // max(len(rows) for _, _, rows in items))  # files
     with (ThreadPoolExecutor(os.cpu_count()) as pool, open(working / "images.npy", "r+b") as images,
           open(working / "masks.npy", "r+b") as masks):
         for file, shape in zip((images, masks), ARRAYS.values()):

@@ -131,9 +131,8 @@ def main(args):
 
     # Start, or go on from last.pt. `run` is what a checkpoint holds beside weights and optimizer.
     run = {"args": {name: getattr(args, name) for name in RECORDED}, "num_classes": num_classes,
-           "set": tiles.info, "recipe_version": RECIPE_VERSION,
-           "split": fingerprint(tiles.rows, parts),
-           "data_root": args.data_root, "weights": "from scratch", "step": 0,
+           "set": tiles.info, "split": fingerprint(tiles.rows, parts), "data_root": args.data_root,
+           "recipe_version": RECIPE_VERSION, "weights": "from scratch", "step": 0,
            "losses": torch.zeros(num_steps), "log": [], "seconds": [], "elapsed": 0.0}
     on_rank_0(open_folder, args)
     run |= resume(args, run, raw_model, optimizer, scaler)
@@ -153,6 +152,7 @@ def main(args):
             save_checkpoint(args.out / name, run | {"model": raw_model.state_dict()} | more)
 
     def save_last():
+        check_finite(losses[:place + 1], epoch + 1, "step", args.out)
         check_weights(raw_model, epoch + 1, args.out)
         save("last.pt", optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
@@ -181,7 +181,7 @@ def main(args):
         run["step"], now, last_of_epoch = step + 1, time.time(), place == num_steps - 1
 
         # Once a second say how far we are: asking for the loss halts a GPU's queue. Save sometimes.
-        speed = args.batch_size * (run["step"] - first) / (now - start)
+        speed = args.batch_size * (run["step"] - first) / max(now - start, 1e-3)
         eta = timedelta(seconds=round((total - run["step"]) * args.batch_size / speed))
         if now - shown > 1 or last_of_epoch:
             shown = now
@@ -189,7 +189,6 @@ def main(args):
             print_progress(f"epoch {epoch + 1}/{args.epochs} step {place + 1}/{num_steps}: loss "
                            f"{losses[place].item():.4f}, {speed:.1f} images/s, {eta} left")
         if now - saved > 60 * args.save_every and not last_of_epoch:
-            check_finite(losses[:place + 1], epoch + 1, "step", args.out)
             save_last()
             saved = now
         if not last_of_epoch:
