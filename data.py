@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
+from losses import RECIPES
 from plots import PALETTE, draw_preview
 from synthetic import NAMES, draw_tiles
 from utils import (first_mismatch, lock_folder, number, print_progress, run_cli, to_device,
@@ -52,6 +53,7 @@ SETS = {
         "scale": TILE / 512, "split": "tile", "recipe": "bcss512"},
 }
 INFO = {"classes": [str], "scale": float, "split": str, "recipe": str}  # its schema
+SPLITS = ("tile", "image", "official")  # see `split_tiles`
 
 # -----------------------------------------------------------------------------
 # A prepared set is a folder with images.npy (n, 224, 224, 3) and masks.npy (n, 224, 224), both
@@ -93,10 +95,10 @@ def read_info(data, root, num_classes=1):
         info = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         info = None
-    wrong = first_mismatch(info, INFO)
-    if wrong or not 0 < len(info["classes"]) <= len(PALETTE):
-        raise ValueError(f"{path}: damaged, {wrong or 'classes'!r} is missing or not as it should "
-                         f"be: remove {path.parent} and {how_to_prepare(data)}")
+    if first_mismatch(info, INFO) or not (0 < len(info["classes"]) <= len(PALETTE) and
+                                          info["split"] in SPLITS and info["recipe"] in RECIPES):
+        raise ValueError(f"{path}: damaged, or not written by this version: remove {path.parent} "
+                         f"and {how_to_prepare(data)}")
     return info
 
 

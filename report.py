@@ -16,6 +16,7 @@ import re
 import statistics
 from pathlib import Path
 
+from data import SPLITS
 from losses import RECIPE_VERSION, RECIPE_VERSIONS, RECIPES, recipe_overrides
 from models import MODELS, SKIPS, parameter_counts
 from plots import draw_curves
@@ -50,7 +51,7 @@ AVERAGE = {"iou": float | None, "f1": float | None}  # None: no test tile shows 
 SCORES = {"args": ARGS, "recipe_version": int, "weights": str, "log": LOG, "seconds": [float],
           "epoch": int, "images": [str], "tiles": [float | None], "torch": str, "device": str,
           "processes": int, "per_tile": AVERAGE, "global": AVERAGE}
-KNOWN = {"recipe": RECIPES, "split": ("tile", "image", "official"), "model": MODELS, "skip": SKIPS}
+KNOWN = {"recipe": RECIPES, "split": SPLITS, "model": MODELS, "skip": SKIPS}
 
 
 def read_scores(path):

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from data import (COLOURS, WARPS, fingerprint, load, normalize, read_info, split_tiles,
+from data import (COLOURS, SPLITS, WARPS, fingerprint, load, normalize, read_info, split_tiles,
                   train_batches)
 from eval import compute_metrics, evaluate, metrics_table
 from losses import LOSSES, RECIPE_VERSION, SCHEDULES, loss_for, recipe_for, recipe_overrides
@@ -49,7 +49,7 @@ def parse_args(argv=None):
                         help="of synthetic: regions and nuclei of 3 to 22 classes in place of "
                              "nuclei alone; the tiles are the same for every K, and the labels "
                              "K to 21 are merged into those that they are part of")
-    parser.add_argument("--split", choices=("tile", "image", "official"),
+    parser.add_argument("--split", choices=SPLITS,
                         help="what is drawn for testing: tiles as in the paper, whole images (the "
                              "default of own sets), or the parts that the set came in")
     parser.add_argument("--seed", type=number(int, above=-1, most=2**63 - 1), default=0,

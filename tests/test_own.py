@@ -201,6 +201,15 @@ def test_names_and_flags_that_cannot_be_are_refused(tmp_path, capsys, name, flag
     assert said in refused(capsys, data, "prepare", name, "--from", tmp_path, *flags)
 
 
+@pytest.mark.parametrize("change", [{"recipe": "mine"}, {"split": "half"}, {"classes": []},
+                                    {"scale": "1"}])
+def test_a_set_json_that_is_not_as_it_should_be_is_named(tmp_path, capsys, change):
+    prepare(write_set(tmp_path / "raw", 3), tmp_path)
+    path = tmp_path / "mine/set.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert f"{path}: damaged" in refused(capsys, train, "--data", "mine", "--data-root", tmp_path)
+
+
 def test_a_set_that_is_not_prepared_says_how(tmp_path, capsys):
     line = refused(capsys, train, "--data", "mine", "--data-root", tmp_path)
     assert "data.py prepare mine --from DIR" in line
