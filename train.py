@@ -27,9 +27,9 @@ from losses import LOSSES, RECIPE_VERSION, SCHEDULES, loss_for, recipe_for, reci
 from models import MODELS, SKIPS, build_model, create_model, load_encoder
 from plots import draw_curves
 from report import read_scores
-from utils import (ARGS, CHECKPOINT, autocast, device_name, load_checkpoint, lock_folder, number,
-                   on_rank_0, pick_device, print_progress, run_cli, save_checkpoint,
-                   setup_processes, write_atomic)
+from utils import (ARGS, CHECKPOINT, autocast, device_name, leave_processes, load_checkpoint,
+                   lock_folder, number, on_rank_0, pick_device, print_progress, run_cli,
+                   save_checkpoint, setup_processes, write_atomic)
 
 
 # What a run's checkpoints and scores.json record of its flags: all that its digits depend on.
@@ -139,7 +139,9 @@ def main(args):
     log, losses, total = run["log"], run["losses"].to(device), args.epochs * num_steps
     if run["step"] == total and on_rank_0((args.out / "scores.json").exists):
         print(f"{args.out} is finished, its scores are in scores.json; more --epochs train further")
-        return on_rank_0(read_scores, args.out / "scores.json")["per_tile"]["iou"]
+        metrics = on_rank_0(read_scores, args.out / "scores.json")
+        leave_processes()
+        return metrics["per_tile"]["iou"]
     model = wrap(raw_model, args.compile, device, world_size)
     print(f"{args.model}, {args.skip} skip, {sum(p.numel() for p in raw_model.parameters()):,} "
           f"parameters, {run['weights']}, on {device.type}")
@@ -212,8 +214,7 @@ def main(args):
 
     # Test the best epoch, once.
     metrics = test(args, run, tiles, parts["test"], loss_fn, device, rank, world_size)
-    if world_size > 1:
-        dist.destroy_process_group()
+    leave_processes()
     return metrics["per_tile"]["iou"]
 
 

@@ -258,6 +258,18 @@ def setup_processes(device):
     return device, rank, world_size
 
 
+def leave_processes():
+    """Take the group of processes apart, when all have come here.
+
+    gloo's threads give back the tensors of earlier exchanges, for which they need Python's lock. If
+    one is late, the end of the group, which holds that lock, would wait for it for ever.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        time.sleep(0.1)  # seconds in which the lock is free
+        dist.destroy_process_group()
+
+
 def on_rank_0(function, *args):
     """Call the function on rank 0 alone; every process returns its result, or raises its error."""
     if not dist.is_initialized():
@@ -270,5 +282,6 @@ def on_rank_0(function, *args):
             answer = [error]
     dist.broadcast_object_list(answer)
     if isinstance(answer[0], Exception):
+        leave_processes()
         raise answer[0]
     return answer[0]
