@@ -14,7 +14,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import VGG19_Weights, vgg19
+from torchvision.models import VGG19_Weights
 
 from models import MODELS, SKIPS, double_conv, he_init, parameter_counts, resize, returned_channels
 from utils import first_line
@@ -141,6 +141,20 @@ class FusionUNetSkip(nn.Sequential):
 # DoubleU-Net
 
 
+def vgg19_encoder():
+    """VGG-19 (Simonyan and Zisserman, 2015, column E) up to its last pooling, 512 @ 1/16 side.
+
+    Its layers have the numbers that they have in torchvision's `features`.
+    """
+    layers, in_channels = [], 3
+    for channels, repeats in (64, 2), (128, 2), (256, 4), (512, 4), (512, 4):
+        for _ in range(repeats):
+            layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.ReLU(inplace=True)]
+            in_channels = channels
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers[:-1])
+
+
 class SqueezeExcite(nn.Module):
     """Squeeze and excitation (Hu et al., 2018): x times sigmoid(V relu(W mean(x))), per channel."""
 
@@ -213,14 +227,14 @@ class DoubleUNet(nn.Module):
         super().__init__()
         one, two, widths = [64, 128, 256, 512], [32, 64, 128, 256], [256, 128, 64, 32]
         returned = [returned_channels(skip, channels)[::-1] for channels in (one, two)]
-        self.encoder = vgg19().features[:-1]              # without its last pooling
+        self.encoder = vgg19_encoder()
         self.encoder2 = nn.ModuleList(attended_conv(*pair) for pair in pairwise([3, *two]))
         self.aspp, self.aspp2 = ASPP(512), ASPP(256)
         ups = list(zip([64, *widths], widths, *returned))
         self.decoder = nn.ModuleList(attended_conv(up + c, out) for up, out, c, _ in ups)
         self.decoder2 = nn.ModuleList(attended_conv(up + c + d, out) for up, out, c, d in ups)
         self.mask, self.head = nn.Conv2d(32, 1, 1), nn.Conv2d(32, num_classes, 1)
-        he_init([*self.encoder2, *self.decoder, *self.decoder2])
+        he_init([self.encoder, *self.encoder2, *self.decoder, *self.decoder2])
         self.skip = nn.ModuleList([skip(one), skip(two)])
 
     def forward(self, images):

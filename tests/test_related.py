@@ -7,7 +7,7 @@ import urllib.error
 
 import pytest
 import torch
-from conftest import fit, refused, save_network
+from conftest import arguments, fit, refused, save_network
 from PIL import Image
 from torch import nn
 from torchvision.models import vgg19
@@ -192,6 +192,21 @@ def test_a_run_trains_scores_and_is_recorded(flags, tmp_path):
     result, = evaluation.main(evaluation.parse_args([str(path), "--device", "cpu"]))
     assert result["per_tile"]["iou"] == score
     assert result["args"]["skip_depth"] == (2 if "depth" in flags else 1)
+
+
+@pytest.mark.usefixtures("tiny_set")
+def test_resume_knows_the_skip_depth_and_takes_a_run_without_one_to_have_1(tmp_path, capsys):
+    out, last = tmp_path / "run", tmp_path / "run/last.pt"
+    score = fit(out, "--epochs", "1", "--skip", "conv")
+    checkpoint = torch.load(last, weights_only=True)
+    assert checkpoint["args"].pop("skip_depth") == 1
+    torch.save(checkpoint, last)
+    flags = arguments(out, "--epochs", "1", "--skip", "conv", "--resume")
+    assert train.main(train.parse_args(flags)) == score
+    line = refused(capsys, train, *flags, "--skip-depth", "2")
+    assert f"--skip-depth 2: {last} was trained with 1; give the same" in line
+    line = refused(capsys, train, *arguments(tmp_path / "new", "--skip-depth", "2"))
+    assert "--skip-depth 2: standard skips have no 1x1 convolution to repeat" in line
 
 
 @pytest.mark.parametrize("model, skip", [("unet", "nested"), ("unet", "fusionunet"),
