@@ -8,7 +8,7 @@ related.py adds those of other papers.
 
 import inspect
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 
 import timm
 import torch
@@ -381,6 +381,7 @@ def fetch_from_hub():
 # -----------------------------------------------------------------------------
 
 
+@cache
 def parameter_counts():
     """{(model, skip): [parameters for 1, 3 and 22 classes]}, as in the paper's Table 1."""
     counts = {}

@@ -28,11 +28,11 @@ class NestedSkip(nn.Module):
 
     x(i, j) = H([x(i, 0), ..., x(i, j - 1), U(x(i + 1, j - 1))]); x(i, 0) is the encoder's map x_i.
 
-    H is the U-Net's block of two convolutions, U its transposed convolution to twice the side. Level
-    i returns [x(i, 0), x(i, 1), ...] as one map, as many as need no map below the last level: the
-    decoder, which concatenates them to what it has enlarged, computes the last x(i, j) of each
+    H is the U-Net's block of two convolutions, U its transposed convolution to twice the side.
+    Level i returns [x(i, 0), x(i, 1), ...] as one map, as many as need no map below the last level:
+    the decoder, which concatenates them to what it has enlarged, computes the last x(i, j) of each
     level. It takes levels of which each has half the side of the one before. The original's deep
-    supervision, a head for each x(0, j), is left out: its results have it on and off.
+    supervision, a head for each x(0, j), is left out: the paper has results with and without it.
     """
 
     def __init__(self, channels):
@@ -171,8 +171,9 @@ class SqueezeExcite(nn.Module):
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling (Chen et al., 2017): one place seen at five scales.
 
-    Beside the mean over the map there are a 1x1 and three 3x3 convolutions, with 6, 12 and 18 pixels
-    between their taps. The mean has no BatchNorm, as a single image would be nothing to normalise.
+    Beside the mean over the map there are a 1x1 convolution and three of 3x3, whose taps are 6, 12
+    and 18 pixels apart. Unlike the original's, the mean has no BatchNorm: a batch of one image
+    would leave nothing to normalise.
     """
 
     def __init__(self, in_channels, channels=64):
@@ -271,9 +272,9 @@ class DoubleUNet(nn.Module):
             if path and not isinstance(error, FileNotFoundError):
                 raise ValueError(f"{path}: not weights, or damaged ({first_line(error)})") from None
             raise FileNotFoundError(
-                f"no pretrained VGG-19, {path or url} is not to be had ({first_line(error)}): where "
-                f"there is a network, download {url}, and give that file with --weights; or train "
-                "from scratch with --no-pretrained") from None
+                f"no pretrained VGG-19, {path or 'the download'} is not to be had "
+                f"({first_line(error)}): where there is a network, download {url}, and give that "
+                "file with --weights; or train from scratch with --no-pretrained") from None
         prefix = "features." if "features.0.weight" in tensors else "encoder."
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
                    if name.startswith(prefix)}
