@@ -239,9 +239,7 @@ class SwinUNet(nn.Module):
 
 
 MODELS = {"unet": UNet, "swin_unet": SwinUNet}
-
-
-MOST_SKIP_DEPTH = 16
+MOST_SKIP_DEPTH = 16  # so that no file can ask for a million
 
 
 def create_model(model, skip, num_classes, width=64, checkpointing=False, skip_depth=1):
