@@ -1,6 +1,6 @@
 """Time and memory of a training step, next to the same network as it is commonly written.
 
-    python benchmark.py                     # all networks: minutes on a CPU
+    python benchmark.py                     # the paper's networks: minutes on a CPU
     python benchmark.py --compile           # on a GPU: batches of 8 and 50, as in the paper
     python benchmark.py --json speed.json
 
@@ -86,7 +86,7 @@ def build_step(args, model, skip, images, masks, device, naive=False):
         scaler = torch.amp.GradScaler(enabled=False)
     else:
         flags = argparse.Namespace(**vars(args), model=model, skip=skip, seed=0, lr=1e-3,
-                                   weight_decay=0.0)
+                                   weight_decay=0.0, skip_depth=1)
         network, optimizer, scaler = build_training(flags, 1, device)
         network = wrap(network, args.compile, device, world_size=1)
 
@@ -206,8 +206,10 @@ def main(args):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--skips", nargs="+", choices=SKIPS, default=list(SKIPS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["unet", "swin_unet"],
+                        help="networks (default: the paper's two)")
+    parser.add_argument("--skips", nargs="+", choices=SKIPS,
+                        default=["standard", "conv", "fusion"], help="(default: the paper's three)")
     parser.add_argument("--batch-size", type=number(int), nargs="+", metavar="TILES",
                         help="one or several (default: 8 50 on CUDA, 2 elsewhere)")
     parser.add_argument("--width", type=number(int, most=1024), default=64,

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import related  # noqa: F401, its skips and networks join SKIPS and MODELS
 from data import fingerprint, get_batch, load, normalize, set_of, split_tiles
 from losses import loss_for
 from models import build_model

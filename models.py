@@ -3,9 +3,12 @@
     python models.py        # parameter counts of every combination: the paper's Table 1
 
 Read the three skips first: their difference is the paper. Both networks use the very same ones.
+related.py adds those of other papers.
 """
 
+import inspect
 from contextlib import contextmanager, nullcontext
+from functools import cache, partial
 
 import timm
 import torch
@@ -26,8 +29,8 @@ def resize(x, size):
 
 # -----------------------------------------------------------------------------
 # The three skip connections. Each maps the encoder's list of feature maps, finest first, to the
-# list that the decoder concatenates: same number, same shapes. Level i's map is x_i, with C_i
-# channels.
+# list that the decoder concatenates: same number, same sides. Level i's map is x_i, with C_i
+# channels. So has what the skip returns, unless its class says otherwise in `out_channels`.
 
 
 class StandardSkip(nn.Module):
@@ -40,12 +43,20 @@ class StandardSkip(nn.Module):
         return features
 
 
-class ConvSkip(nn.Module):
-    """y_i = W_i x_i, a 1x1 convolution with bias on every level."""
+def pointwise(channels, depth):
+    """`depth` 1x1 convolutions with bias, ReLU between them (not in the paper: it has one)."""
+    layers = [nn.Conv2d(channels, channels, 1)]
+    for _ in range(depth - 1):
+        layers += [nn.ReLU(inplace=True), nn.Conv2d(channels, channels, 1)]
+    return nn.Sequential(*layers) if depth > 1 else layers[0]
 
-    def __init__(self, channels):
+
+class ConvSkip(nn.Module):
+    """y_i = W_i x_i, a 1x1 convolution with bias on every level; with a `depth`, so many."""
+
+    def __init__(self, channels, depth=1):
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(c, c, 1) for c in channels)
+        self.convs = nn.ModuleList(pointwise(c, depth) for c in channels)
 
     def forward(self, features):
         return [conv(x) for conv, x in zip(self.convs, features)]
@@ -57,12 +68,12 @@ class FusionSkip(nn.Module):
     A 1x1 convolution mixes channels and a bilinear resize mixes pixels with weights that sum to 1,
     so the two commute, bias included. Whichever leaves less work for the other goes first: a finer
     map is shrunk before its convolution, a coarser one is enlarged after it. The paper convolves
-    first everywhere; the function is the same.
+    first everywhere; the function is the same. With a `depth`, W_i is so many convolutions.
     """
 
-    def __init__(self, channels):
+    def __init__(self, channels, depth=1):
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(c, c, 1) for c in channels)
+        self.convs = nn.ModuleList(pointwise(c, depth) for c in channels)
         self.match = nn.ModuleList(  # match[i][j]: C_j -> C_i
             nn.ModuleList(nn.Identity() if j == i else nn.Conv2d(channels[j], channels[i], 1)
                           for j in range(len(channels))) for i in range(len(channels)))
@@ -81,6 +92,16 @@ class FusionSkip(nn.Module):
 
 
 SKIPS = {"standard": StandardSkip, "conv": ConvSkip, "fusion": FusionSkip}
+
+
+def returned_channels(skip, channels):
+    """The channels that a skip's maps have, level by level, if those that it is given have these.
+
+    `skip` is a class of SKIPS; only one that returns others has a static method `out_channels`.
+    """
+    if isinstance(skip, partial):  # it has a depth
+        skip = skip.func
+    return getattr(skip, "out_channels", list)(channels)
 
 
 # -----------------------------------------------------------------------------
@@ -112,8 +133,9 @@ def he_init(blocks):
 
 
 # -----------------------------------------------------------------------------
-# The two networks. Each draws its skip last: networks of one seed share all their other weights,
-# so that a comparison of skips, seed by seed, compares the skips alone.
+# The two networks. Each gets its skip's class and draws the skip last: networks of one seed share
+# all their other weights, so that a comparison of skips, seed by seed, compares the skips alone.
+# (If a skip returns more channels, decoder blocks differ, and so does what is drawn after them.)
 
 
 class UNet(nn.Module):
@@ -136,12 +158,13 @@ class UNet(nn.Module):
         widths = [width * 2**level for level in range(5)]  # 64 128 256 512 1024
         downs = list(zip([3, *widths], widths))            # 3 -> 64, 64 -> 128 ... 512 -> 1024
         ups = list(zip(widths[:0:-1], widths[-2::-1]))     # 1024 -> 512 ... 128 -> 64
+        skips = returned_channels(skip, widths[:-1])[::-1]  # 512, 256, 128, 64
         self.encoder = nn.ModuleList(double_conv(*channels) for channels in downs)
         self.up = nn.ModuleList(nn.ConvTranspose2d(*channels, 2, stride=2) for channels in ups)
-        self.decoder = nn.ModuleList(double_conv(*channels) for channels in ups)
+        self.decoder = nn.ModuleList(double_conv(up + c, up) for (_, up), c in zip(ups, skips))
         self.head = nn.Conv2d(width, num_classes, 1)
         he_init([*self.encoder, *self.decoder])
-        self.skip = SKIPS[skip](widths[:-1])
+        self.skip = skip(widths[:-1])
 
     def forward(self, images):
         height, width = images.shape[2:]
@@ -181,11 +204,15 @@ class SwinUNet(nn.Module):
     def __init__(self, skip, num_classes, width=None, checkpointing=False):
         super().__init__()
         self.encoder = timm.create_model("swin_tiny_patch4_window7_224", num_classes=0)
+        fine, middle, coarse = returned_channels(skip, [192, 384, 768])
         self.decoder = nn.ModuleList(double_conv(*channels, norm=False) for channels in [
-            (768, 384), (384 + 768, 192), (192 + 384, 96), (96 + 192, 64)])
+            (768, 384), (384 + coarse, 192), (192 + middle, 96), (96 + fine, 64)])
         self.head = nn.Conv2d(64, num_classes, 1)
         he_init(self.decoder)
-        self.skip = SKIPS[skip]([192, 384, 768])
+        self.skip = skip([192, 384, 768])
+
+    def load_pretrained(self, path=None):
+        return load_encoder(self.encoder, path)
 
     def encode(self, images):
         """images -> features [192 @ 28, 384 @ 14, 768 @ 7] and the bottleneck, 768 @ 7."""
@@ -212,24 +239,36 @@ class SwinUNet(nn.Module):
 
 
 MODELS = {"unet": UNet, "swin_unet": SwinUNet}
+MOST_SKIP_DEPTH = 16  # so that no file can ask for a million
 
 
-def create_model(model, skip, num_classes, width=64, checkpointing=False):
+def create_model(model, skip, num_classes, width=64, checkpointing=False, skip_depth=1):
     """Build a network: `model` from MODELS, `skip` from SKIPS; both tables take one more entry.
 
     `width` is the U-Net's first-level channel count (paper: 64), `checkpointing` has its training
-    recompute feature maps instead of keeping them. Raises ValueError for a name in no table.
+    recompute feature maps instead of keeping them, `skip_depth` is how many 1x1 convolutions stand
+    for one in a skip that takes a `depth`. Raises ValueError for a name in no table, and for a
+    depth that is out of range or means nothing to the skip.
     """
     if model not in MODELS or skip not in SKIPS:
         raise ValueError(f"no network is called {model!r} with {skip!r} skips: there are "
                          f"{', '.join(MODELS)} and {', '.join(SKIPS)}")
-    return MODELS[model](skip, num_classes, width, checkpointing)
+    skip_class = SKIPS[skip]
+    if skip_depth != 1:
+        if "depth" not in inspect.signature(skip_class).parameters:
+            raise ValueError(f"--skip-depth {skip_depth}: {skip} skips have no 1x1 convolution to "
+                             "repeat, as conv and fusion skips have")
+        if skip_depth not in range(1, MOST_SKIP_DEPTH + 1):
+            raise ValueError(f"--skip-depth {skip_depth}: give 1 to {MOST_SKIP_DEPTH}")
+        skip_class = partial(skip_class, depth=skip_depth)
+    return MODELS[model](skip_class, num_classes, width, checkpointing)
 
 
 def build_model(checkpoint, path):
     """The trained network that a checkpoint of train.py holds; ValueError if they do not fit."""
     args = checkpoint["args"]
-    arguments = args["model"], args["skip"], checkpoint["num_classes"], args["width"]
+    arguments = (args["model"], args["skip"], checkpoint["num_classes"], args["width"], False,
+                 args.get("skip_depth", 1))  # older checkpoints do not name it
     try:
         with torch.device("meta"):  # shapes need no memory, however large a file says it is
             create_model(*arguments).load_state_dict(dict(checkpoint["model"]), assign=True)
@@ -340,6 +379,7 @@ def fetch_from_hub():
 # -----------------------------------------------------------------------------
 
 
+@cache
 def parameter_counts():
     """{(model, skip): [parameters for 1, 3 and 22 classes]}, as in the paper's Table 1."""
     counts = {}

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+import related  # noqa: F401, its skips and networks join SKIPS and MODELS
 from data import (SUFFIXES, TILE, find_files, index_by_stem, normalize, read_image,
                   scaled_size, set_of)
 from models import build_model

@@ -16,6 +16,7 @@ import re
 import statistics
 from pathlib import Path
 
+import related  # noqa: F401, its skips and networks join SKIPS and MODELS
 from data import SPLITS
 from losses import RECIPE_VERSION, RECIPE_VERSIONS, RECIPES, recipe_overrides
 from models import MODELS, SKIPS, parameter_counts

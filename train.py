@@ -20,11 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import related  # noqa: F401, its skips and networks join SKIPS and MODELS
 from data import (COLOURS, SPLITS, WARPS, fingerprint, load, normalize, read_info, split_tiles,
                   train_batches)
 from eval import compute_metrics, evaluate, metrics_table
-from losses import LOSSES, RECIPE_VERSION, SCHEDULES, loss_for, recipe_for, recipe_overrides
-from models import MODELS, SKIPS, build_model, create_model, load_encoder
+from losses import (COMMON, LOSSES, RECIPE_VERSION, SCHEDULES, loss_for, recipe_for,
+                    recipe_overrides)
+from models import MODELS, MOST_SKIP_DEPTH, SKIPS, build_model, create_model
 from plots import draw_curves
 from report import read_scores
 from utils import (ARGS, CHECKPOINT, autocast, device_name, leave_processes, load_checkpoint,
@@ -33,7 +35,7 @@ from utils import (ARGS, CHECKPOINT, autocast, device_name, leave_processes, loa
 
 
 # What a run's checkpoints and scores.json record of its flags: all that its digits depend on.
-RECORDED = (*ARGS, "recipe", "classes", "loss", "schedule", "weight_decay", "augment")
+RECORDED = (*ARGS, "recipe", "classes", "loss", "schedule", "weight_decay", "augment", "skip_depth")
 
 
 def parse_args(argv=None):
@@ -43,6 +45,9 @@ def parse_args(argv=None):
     parser.add_argument("--model", choices=MODELS, default="unet", help="network (default: unet)")
     parser.add_argument("--skip", choices=SKIPS, default="standard",
                         help="skip connections (default: standard)")
+    parser.add_argument("--skip-depth", type=number(int, most=MOST_SKIP_DEPTH), metavar="N",
+                        help="of conv and fusion: N 1x1 convolutions, ReLU between them, where the "
+                             "paper has one (default: 1)")
     parser.add_argument("--data", default="synthetic", help="monuseg, bcss, bcss512, the name of a "
                         "prepared set of your own (default: synthetic, drawn on the spot)")
     parser.add_argument("--classes", type=number(int, above=2, most=22), metavar="K",
@@ -71,9 +76,11 @@ def parse_args(argv=None):
                         help="channels of the U-Net's first level")
     parser.add_argument("--ignore-index", type=int, nargs="+", default=[], metavar="LABEL",
                         help="labels left out of loss and scores (default: none, as the paper)")
-    parser.add_argument("--weights", type=Path, help="file for Swin-UNet's encoder: Microsoft's, "
-                        "timm's or a checkpoint of ours (default: timm's hub)")
-    parser.add_argument("--no-pretrained", action="store_true", help="start Swin-UNet from scratch")
+    parser.add_argument("--weights", type=Path, help="file for the encoder: of Swin-UNet "
+                        "Microsoft's or timm's, of DoubleU-Net torchvision's, or a checkpoint of "
+                        "ours (default: timm's hub, torchvision's download)")
+    parser.add_argument("--no-pretrained", action="store_true",
+                        help="start Swin-UNet or DoubleU-Net from scratch")
     # Speed and memory
     parser.add_argument("--compile", action="store_true",
                         help="torch.compile the network: pays on a GPU, not on a CPU")
@@ -94,9 +101,10 @@ def parse_args(argv=None):
         parser.error("--classes is for synthetic: other sets have the classes of their masks")
     info, pretrained = read_info(args.data, args.data_root), MODELS[args.model].pretrained
     if args.width and pretrained:
-        parser.error("--width is the U-Net's: Swin-UNet's widths are fixed")
+        parser.error(f"--width is the U-Net's: {args.model}'s widths are fixed")
     if (args.weights or args.no_pretrained) and not pretrained:
-        parser.error("--weights and --no-pretrained are Swin-UNet's: the U-Net starts from scratch")
+        parser.error("--weights and --no-pretrained are for networks that start from ImageNet's "
+                     "weights: the U-Net starts from scratch")
     if args.augment and len(args.augment) > 1 and {"all", "none"} & {*args.augment}:
         parser.error("--augment: all and none stand alone")
     args.augment = args.augment and " ".join(args.augment)
@@ -238,7 +246,8 @@ def open_data(args, device, world_size):
 def build_training(args, num_classes, device):
     """The network with its initial weights, Adam, and the scaler that float16 needs."""
     torch.manual_seed(args.seed)
-    model = create_model(args.model, args.skip, num_classes, args.width, args.checkpointing)
+    model = create_model(args.model, args.skip, num_classes, args.width, args.checkpointing,
+                         args.skip_depth)
     if device.type == "cuda":  # what tensor cores like; on a CPU all of this is slower
         model.to(memory_format=torch.channels_last)
         torch.backends.cudnn.benchmark = True
@@ -280,7 +289,7 @@ def resume(args, run, model, optimizer, scaler):
             scaler.load_state_dict(checkpoint["scaler"])
         return {name: checkpoint[name] for name in run if name != "args"}
     if MODELS[args.model].pretrained and not args.no_pretrained:
-        return {"weights": on_rank_0(load_encoder, model.encoder, args.weights)}
+        return {"weights": on_rank_0(model.load_pretrained, args.weights)}
     return {}
 
 
@@ -295,7 +304,7 @@ def read_last(path, run, optimizer):
         "recipe_version": int, "step": int, "losses": torch.Tensor, "seconds": [float],
         "elapsed": float, "optimizer": {"state": {int: dict}}, "scaler": dict})
     for name, value in run["args"].items():
-        trained = checkpoint["args"].get(name)
+        trained = checkpoint["args"].get(name, COMMON.get(name))  # older ones name fewer
         if trained != value and (name != "epochs" or run["args"]["schedule"] != "constant"):
             raise ValueError(f"--{name.replace('_', '-')} {value}: {path} was trained with "
                              f"{trained}; give the same, or another --out")

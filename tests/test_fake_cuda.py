@@ -60,7 +60,7 @@ def test_a_batch_is_augmented_where_it_is_trained(where):
         assert on_cuda(images, masks, data.normalize(images))
 
 
-@pytest.mark.parametrize("num_classes", [1, 3, 22])
+@pytest.mark.parametrize("num_classes", [1, 3])
 @pytest.mark.parametrize("skip", SKIPS)
 @pytest.mark.parametrize("model", MODELS)
 def test_no_tensor_stays_on_the_cpu_between_a_batch_and_its_scores(model, skip, num_classes):

@@ -18,13 +18,14 @@ import eval as evaluation
 import models
 from losses import loss_for
 from models import (MODELS, SKIPS, ConvSkip, FusionSkip, StandardSkip, build_model, create_model,
-                    load_encoder, parameter_counts)
+                    load_encoder, parameter_counts, returned_channels)
 from utils import load_checkpoint
 
 COUNTS = {  # one class; the first and the fifth are the paper's Table 1
     ("unet", "standard"): 31_043_521, ("unet", "conv"): 31_392_641,
     ("unet", "fusion"): 31_968_961, ("swin_unet", "standard"): 34_607_995,
     ("swin_unet", "conv"): 35_383_483, ("swin_unet", "fusion"): 36_418_363}
+PAPERS_SKIPS = "standard", "conv", "fusion"
 LEVELS = [([4, 8, 16, 32], [48, 24, 12, 6]), ([6, 12, 24], [28, 14, 7])]  # channels, sides
 ALL_MODELS, ALL_SKIPS = (pytest.mark.parametrize(*names) for names in (("model", MODELS),
                                                                        ("skip", SKIPS)))
@@ -73,15 +74,18 @@ def test_swin_encoder_and_bare_decoder_counts():
 
 @ALL_SKIPS
 @pytest.mark.parametrize("channels, sides", LEVELS)
-def test_any_skip_returns_as_many_maps_of_the_same_shapes(skip, channels, sides):
+def test_any_skip_returns_as_many_maps_of_the_same_sides_and_of_its_channels(skip, channels, sides):
     features = features_of(channels, sides)
     returned = SKIPS[skip](channels)(features)
-    assert [y.shape for y in returned] == [x.shape for x in features]
+    assert [y.shape[1] for y in returned] == returned_channels(SKIPS[skip], channels)
+    assert [y.shape[2:] for y in returned] == [x.shape[2:] for x in features]
 
 
 @ALL_SKIPS
 @ALL_MODELS
-def test_any_skip_keeps_the_images_size_and_every_parameter_gets_a_gradient(model, skip):
+def test_any_skip_keeps_the_images_size_and_every_parameter_gets_a_gradient(model, skip,
+                                                                            monkeypatch):
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: F.leaky_relu(x))  # none is off
     network, side = create_model(model, skip, 3, width=4).eval(), side_of(model)
     for parameter in network.parameters():  # what starts at 0 may hide others
         parameter.data += 0.01 * torch.randn_like(parameter)
@@ -137,6 +141,31 @@ def test_order_in_the_fusion_skip_changes_nothing_but_memory(channels, sides):
         torch.testing.assert_close(y, skip.convs[i](total), rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("skip, more", [("conv", 349_120), ("fusion", 349_120)])
+def test_a_skip_of_depth_3_has_two_more_convolutions_per_level_with_relu_between(skip, more):
+    def count(depth):
+        with torch.device("meta"):
+            network = create_model("unet", skip, 1, skip_depth=depth)
+        return sum(parameter.numel() for parameter in network.parameters())
+
+    assert count(3) == COUNTS["unet", skip] + 2 * more
+    x, block = torch.randn(2, 4, 5, 5), models.pointwise(4, 3)
+    matrices = [(layer.weight[:, :, 0, 0], layer.bias[:, None, None]) for layer in block[::2]]
+    y = x
+    for k, (weight, bias) in enumerate(matrices):
+        y = torch.einsum("oi,nihw->nohw", weight, y.relu() if k else y) + bias
+    torch.testing.assert_close(block(x), y)
+
+
+@pytest.mark.parametrize("skip, depth, message", [
+    ("standard", 2, "--skip-depth 2: standard skips have no 1x1 convolution to repeat"),
+    ("nested", 3, "nested skips have no"), ("fusionunet", 2, "fusionunet skips have no"),
+    ("conv", 10**9, "--skip-depth 1000000000: give 1 to 16"), ("fusion", "2", "give 1 to 16")])
+def test_a_depth_that_a_skip_does_not_have_is_refused(skip, depth, message):
+    with pytest.raises(ValueError, match=message):
+        create_model("unet", skip, 1, 4, skip_depth=depth)
+
+
 def test_fusion_skip_multiplies_less_than_convolving_first():
     (channels, sides), flops = LEVELS[0], []
     features, skip = features_of(channels, sides), FusionSkip(channels)
@@ -179,14 +208,14 @@ def test_every_map_that_the_skip_returns_matters_to_the_logits(model, monkeypatc
         assert (network(images) - before).abs().max() > 1e-4, lost
 
 
-@ALL_MODELS
+@pytest.mark.parametrize("model", ["unet", "swin_unet"])
 def test_networks_of_one_seed_share_all_weights_but_the_skips(model):
     """So that a pair of skips, compared seed by seed, differs by the skip alone."""
     def weights(skip):
         torch.manual_seed(0)
         return create_model(model, skip, 1, width=4).state_dict()
 
-    drawn = {skip: weights(skip) for skip in SKIPS}
+    drawn = {skip: weights(skip) for skip in PAPERS_SKIPS}
     for tensors in drawn.values():
         plain = {name for name in tensors if not name.startswith("skip.")}
         assert plain == drawn["standard"].keys()
@@ -209,7 +238,7 @@ class Flat(nn.Module):
 
     def __init__(self, skip, num_classes, width=64, checkpointing=False):
         super().__init__()
-        self.encoder, self.skip = nn.Conv2d(3, width, 3, padding=1), SKIPS[skip]([width])
+        self.encoder, self.skip = nn.Conv2d(3, width, 3, padding=1), skip([width])
         self.head = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, images):
@@ -364,6 +393,20 @@ def test_checkpoint_rebuilds_the_network(tmp_path):
     rebuilt = build_model(load_checkpoint(path), path).eval()
     images = torch.randn(1, 3, 32, 32)
     assert torch.equal(rebuilt(images), network(images))
+
+
+def test_checkpoint_of_a_run_before_skip_depth_is_of_depth_1(tmp_path):
+    """Its names are those of today: skip.convs.0.weight and so on."""
+    path = save_network(tmp_path / "best.pt", "unet", "conv", 1, 4)
+    checkpoint = load_checkpoint(path)
+    assert "skip_depth" not in checkpoint["args"] and "skip.convs.3.bias" in checkpoint["model"]
+    deep = create_model("unet", "conv", 1, 4, skip_depth=2)
+    build_model(checkpoint, path)
+    checkpoint["args"]["skip_depth"] = 2
+    with pytest.raises(ValueError, match="best.pt: its weights do not fit"):
+        build_model(checkpoint, path)
+    rebuilt = build_model(checkpoint | {"model": deep.state_dict()}, path)
+    assert torch.equal(rebuilt.skip.convs[3][2].weight, deep.skip.convs[3][2].weight)
 
 
 def in_microsofts_layout(encoder):

@@ -212,6 +212,8 @@ def test_defaults_are_the_papers_recipe(name, model, epochs, batch_size, lr):
 @pytest.mark.parametrize("flags, folder", [
     ("--data monuseg --width 32", "monuseg-unet-standard-width32-seed0"),
     ("--data monuseg --split official", "monuseg-unet-standard-official-seed0"),
+    ("--data bcss --skip conv --skip-depth 3", "bcss-unet-conv-skipdepth3-seed0"),
+    ("--data bcss --skip conv --skip-depth 1", "bcss-unet-conv-seed0"),
     ("--data bcss --ignore-index 0 2", "bcss-unet-standard-ignoreindex0-2-seed0"),
     ("--data monuseg --model swin_unet --no-pretrained --lr 1e-4 --epochs 5",
      "monuseg-swin_unet-standard-epochs5-lr0.0001-scratch-seed0")])

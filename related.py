@@ -1,0 +1,296 @@
+"""Skips and networks of other papers, to be compared with this one's under the same training.
+
+    python train.py --skip nested              # U-Net++ (Zhou et al., 2018)
+    python train.py --skip fusionunet          # FusionU-Net (Li et al., 2023)
+    python train.py --model double_unet        # DoubleU-Net (Jha et al., 2020)
+    python related.py                          # parameter counts beside the paper's networks
+
+Importing this file enters them in SKIPS and MODELS, as all scripts do.
+"""
+
+from itertools import pairwise
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import VGG19_Weights
+
+from models import MODELS, SKIPS, double_conv, he_init, parameter_counts, resize, returned_channels
+from utils import first_line
+
+# -----------------------------------------------------------------------------
+# U-Net++
+
+
+class NestedSkip(nn.Module):
+    """U-Net++ as a skip (Zhou et al., 2018, section 3.1, equation 1).
+
+    x(i, j) = H([x(i, 0), ..., x(i, j - 1), U(x(i + 1, j - 1))]); x(i, 0) is the encoder's map x_i.
+
+    H is the U-Net's block of two convolutions, U its transposed convolution to twice the side.
+    Level i returns [x(i, 0), x(i, 1), ...] as one map, as many as need no map below the last level:
+    the decoder, which concatenates them to what it has enlarged, computes the last x(i, j) of each
+    level. It takes levels of which each has half the side of the one before. The original's deep
+    supervision, a head for each x(0, j), is left out: the paper has results with and without it.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        levels = len(channels)
+        self.up, self.blocks = nn.ModuleDict(), nn.ModuleDict()
+        for j in range(1, levels):
+            for i in range(levels - j):
+                fine, coarse = channels[i], channels[i + 1]
+                self.up[f"{i}-{j}"] = nn.ConvTranspose2d(coarse, fine, 2, stride=2)
+                self.blocks[f"{i}-{j}"] = double_conv((j + 1) * fine, fine)
+        he_init(self.blocks.values())
+
+    @staticmethod
+    def out_channels(channels):
+        return [(len(channels) - i) * c for i, c in enumerate(channels)]
+
+    def forward(self, features):
+        rows = [[x] for x in features]                    # rows[i][j] is x(i, j)
+        for j in range(1, len(rows)):
+            for i in range(len(rows) - j):
+                enlarged = self.up[f"{i}-{j}"](rows[i + 1][j - 1])
+                rows[i].append(self.blocks[f"{i}-{j}"](torch.cat([*rows[i], enlarged], dim=1)))
+        return [torch.cat(row, dim=1) for row in rows]
+
+
+# -----------------------------------------------------------------------------
+# FusionU-Net
+
+
+class ChannelAttention(nn.Module):
+    """Efficient channel attention, ECA (Wang et al., 2020): x times a weight for each channel.
+
+    The weight is the sigmoid of a 1-D convolution over the neighbouring channels' means.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        means = x.mean(dim=(2, 3))                        # (N, C)
+        weights = self.conv(means[:, None])[:, 0].sigmoid()
+        return x * weights[:, :, None, None]
+
+
+class FuseNeighbour(nn.Module):
+    """x <- attention(x + B(3/4 x + 1/4 d)), d the neighbouring level's map brought to x's shape.
+
+    B is a 3x3 convolution, BatchNorm and ReLU. To bring a map one level down, pixel-unshuffle turns
+    each 2 x 2 square into 4 channels; to bring it up, pixel-shuffle turns 4 channels into a square.
+    A grouped 3x3 convolution, BatchNorm and ReLU then give it x's channels.
+    """
+
+    def __init__(self, neighbour, channels):
+        super().__init__()
+        if channels > neighbour:  # one group for every channel of the finer map
+            groups, between, shuffle = neighbour, 4 * neighbour, nn.PixelUnshuffle(2)
+        else:                     # one group for every channel that the shuffle leaves
+            groups, between, shuffle = neighbour // 4, neighbour // 4, nn.PixelShuffle(2)
+        self.bring = nn.Sequential(shuffle, nn.Conv2d(between, channels, 3, padding=1,
+                                                      groups=groups),
+                                   nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+        self.block = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1),
+                                   nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+        self.attention = ChannelAttention()
+        he_init([self.bring, self.block])
+
+    def forward(self, x, neighbour):
+        return self.attention(x + self.block(0.75 * x + 0.25 * self.bring(neighbour)))
+
+
+class FusionRound(nn.Module):
+    """Normalise every level, then pass information down level by level, and up again."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(c) for c in channels)
+        self.down = nn.ModuleList(FuseNeighbour(*pair) for pair in pairwise(channels))
+        self.up = nn.ModuleList(FuseNeighbour(*pair) for pair in pairwise(channels[::-1]))
+
+    def forward(self, features):
+        x = [norm(level) for norm, level in zip(self.norms, features)]
+        for i, fuse in enumerate(self.down):
+            x[i + 1] = fuse(x[i + 1], x[i])
+        for i, fuse in zip(reversed(range(len(self.up))), self.up):
+            x[i] = fuse(x[i], x[i + 1])
+        return x
+
+
+class FusionUNetSkip(nn.Sequential):
+    """FusionU-Net's skip (Li et al., 2023): two rounds of fusion between neighbours.
+
+    It takes levels of which each has half the side and twice the channels of the one before.
+    Raises ValueError for other channels, and for odd ones, as pixel-shuffle makes 4 channels one.
+    """
+
+    def __init__(self, channels):
+        if any(coarse != 2 * fine or fine % 2 for fine, coarse in pairwise(channels)):
+            raise ValueError(f"fusionunet skips take levels of even and doubling numbers of "
+                             f"channels, not {' '.join(map(str, channels))}: give an even --width")
+        super().__init__(FusionRound(channels), FusionRound(channels))
+
+
+# -----------------------------------------------------------------------------
+# DoubleU-Net
+
+
+def vgg19_encoder():
+    """VGG-19 (Simonyan and Zisserman, 2015, column E) up to its last pooling, 512 @ 1/16 side.
+
+    Its layers have the numbers that they have in torchvision's `features`.
+    """
+    layers, in_channels = [], 3
+    for channels, repeats in (64, 2), (128, 2), (256, 4), (512, 4), (512, 4):
+        for _ in range(repeats):
+            layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.ReLU(inplace=True)]
+            in_channels = channels
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers[:-1])
+
+
+class SqueezeExcite(nn.Module):
+    """Squeeze and excitation (Hu et al., 2018): x times sigmoid(V relu(W mean(x))), per channel."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weigh = nn.Sequential(
+            nn.Conv2d(channels, channels // 8, 1, bias=False), nn.ReLU(inplace=True),
+            nn.Conv2d(channels // 8, channels, 1, bias=False), nn.Sigmoid())
+
+    def forward(self, x):
+        return x * self.weigh(x.mean(dim=(2, 3), keepdim=True))
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling (Chen et al., 2017): one place seen at five scales.
+
+    Beside the mean over the map there are a 1x1 convolution and three of 3x3, whose taps are 6, 12
+    and 18 pixels apart. Unlike the original's, the mean has no BatchNorm: a batch of one image
+    would leave nothing to normalise.
+    """
+
+    def __init__(self, in_channels, channels=64):
+        super().__init__()
+
+        def conv(in_channels, size, dilation=1):
+            return nn.Sequential(
+                nn.Conv2d(in_channels, channels, size, padding=dilation * (size // 2),
+                          dilation=dilation, bias=False),
+                nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+
+        self.mean = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(in_channels, channels, 1),
+                                  nn.ReLU(inplace=True))
+        self.scales = nn.ModuleList([conv(in_channels, 1),
+                                     *(conv(in_channels, 3, dilation) for dilation in (6, 12, 18))])
+        self.join = conv(5 * channels, 1)
+
+    def forward(self, x):
+        mean = self.mean(x).expand(-1, -1, *x.shape[2:])
+        return self.join(torch.cat([mean, *(scale(x) for scale in self.scales)], dim=1))
+
+
+def attended_conv(in_channels, out_channels):
+    """The U-Net's two convolutions, then squeeze and excitation."""
+    return nn.Sequential(*double_conv(in_channels, out_channels), SqueezeExcite(out_channels))
+
+
+def decode(blocks, x, *skips):
+    """Enlarge x to the next finer level, concatenate the skips' maps, convolve; and so on up."""
+    for block, *maps in zip(blocks, *map(reversed, skips)):
+        x = block(torch.cat([resize(x, maps[0].shape[2:]), *maps], dim=1))
+    return x
+
+
+class DoubleUNet(nn.Module):
+    """DoubleU-Net (Jha et al., 2020, section III): a U-Net that shows a second one where to look.
+
+    images (N, 3, H, W) float -> logits (N, num_classes, H, W), H and W multiples of 16.
+
+    The first U-Net's encoder is VGG-19 without its classifier. Its mask, after a sigmoid, times the
+    image is what the second U-Net sees; the second decoder takes the skips of both encoders. The
+    mask has one channel, however many classes there are: where to look, not what is there. As in
+    the paper, what is trained and scored is the second output (its code trains the first as well).
+    Any skip of ours may stand between; `width` and `checkpointing` mean nothing here, as VGG's
+    widths are fixed. Raises ValueError for other sides.
+    """
+
+    pretrained = True
+    side_multiple, max_side = 16, None
+
+    def __init__(self, skip, num_classes, width=None, checkpointing=False):
+        super().__init__()
+        one, two, widths = [64, 128, 256, 512], [32, 64, 128, 256], [256, 128, 64, 32]
+        returned = [returned_channels(skip, channels)[::-1] for channels in (one, two)]
+        self.encoder = vgg19_encoder()
+        self.encoder2 = nn.ModuleList(attended_conv(*pair) for pair in pairwise([3, *two]))
+        self.aspp, self.aspp2 = ASPP(512), ASPP(256)
+        ups = list(zip([64, *widths], widths, *returned))
+        self.decoder = nn.ModuleList(attended_conv(up + c, out) for up, out, c, _ in ups)
+        self.decoder2 = nn.ModuleList(attended_conv(up + c + d, out) for up, out, c, d in ups)
+        self.mask, self.head = nn.Conv2d(32, 1, 1), nn.Conv2d(32, num_classes, 1)
+        he_init([self.encoder, *self.encoder2, *self.decoder, *self.decoder2])
+        self.skip = nn.ModuleList([skip(one), skip(two)])
+
+    def forward(self, images):
+        height, width = images.shape[2:]
+        if height % 16 or width % 16:
+            raise ValueError(f"DoubleU-Net takes images whose sides are multiples of 16, not "
+                             f"{height} x {width}: pad or crop them")
+        features, x = [], images                          # (N, 3, 224, 224)
+        for layer in self.encoder:
+            if isinstance(layer, nn.MaxPool2d):
+                features.append(x)                        # 64 @ 224, 128 @ 112, 256 @ 56, 512 @ 28
+            x = layer(x)                                  # 512 @ 14
+        skips = self.skip[0](features)
+        x = decode(self.decoder, self.aspp(x), skips)     # 64 @ 14, 32 @ 224
+        features, x = [], images * self.mask(x).sigmoid()
+        for block in self.encoder2:
+            features.append(block(x))                     # 32 @ 224, 64 @ 112, 128 @ 56, 256 @ 28
+            x = F.max_pool2d(features[-1], 2)             # 256 @ 14
+        x = decode(self.decoder2, self.aspp2(x), skips, self.skip[1](features))
+        return self.head(x)                               # (N, num_classes, 224, 224)
+
+    def load_pretrained(self, path=None):
+        """Load ImageNet weights into the encoder -> a text that says which.
+
+        `path` is torchvision's vgg19 or a checkpoint of ours with a DoubleU-Net; None takes
+        torchvision's download. Raises FileNotFoundError where there is nothing to load, and
+        ValueError for a file that does not hold a VGG-19.
+        """
+        url = VGG19_Weights.IMAGENET1K_V1.url
+        try:
+            tensors = (timm.models.load_state_dict(path) if path else
+                       torch.hub.load_state_dict_from_url(url, check_hash=True, weights_only=True))
+        except Exception as error:  # neither has a common base for what it raises
+            if path and not isinstance(error, FileNotFoundError):
+                raise ValueError(f"{path}: not weights, or damaged ({first_line(error)})") from None
+            raise FileNotFoundError(
+                f"no pretrained VGG-19, {path or 'the download'} is not to be had "
+                f"({first_line(error)}): where there is a network, download {url}, and give that "
+                "file with --weights; or train from scratch with --no-pretrained") from None
+        prefix = "features." if "features.0.weight" in tensors else "encoder."
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
+                   if name.startswith(prefix)}
+        try:
+            self.encoder.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"{path}: not a VGG-19 ({first_line(error)}): torchvision's is at "
+                             f"{url}") from None
+        return f"encoder weights from {path or url}"
+
+
+SKIPS.update(nested=NestedSkip, fusionunet=FusionUNetSkip)
+MODELS.update(double_unet=DoubleUNet)
+
+
+if __name__ == "__main__":
+    print("parameters                  1 class    3 classes   22 classes")
+    for (model, skip), counts in parameter_counts().items():
+        print(f"{model:13}{skip:11}" + "".join(f"{count:>13,}" for count in counts))

@@ -1,0 +1,220 @@
+"""related.py: the counts and equations of other papers' skips and networks, and their weights.
+
+What holds for every entry of SKIPS and MODELS is claimed in test_models.py.
+"""
+
+import urllib.error
+
+import pytest
+import torch
+from conftest import arguments, fit, refused, save_network
+from PIL import Image
+from torch import nn
+from torchvision.models import vgg19
+
+import eval as evaluation
+import predict
+import train
+from models import MODELS, SKIPS, build_model, create_model
+from related import ChannelAttention, FuseNeighbour, FusionUNetSkip
+from utils import load_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def double():
+    torch.manual_seed(0)
+    return create_model("double_unet", "standard", 3).eval()
+
+
+def parameters(model, skip, num_classes=1, width=64):
+    with torch.device("meta"):
+        network = create_model(model, skip, num_classes, width)
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+# U-Net++: equation 1 of Zhou et al.
+
+
+def test_u_net_plus_plus_counts():
+    """Five columns of the U-Net's blocks and transposed convolutions, without deep supervision."""
+    assert parameters("unet", "nested") == 36_172_545
+    assert parameters("unet", "nested", num_classes=3) == 36_172_545 + 2 * 65
+    assert parameters("unet", "nested", width=32) == 9_049_473
+
+
+def test_nested_skip_and_the_plain_decoder_are_u_net_plus_plus():
+    network, images = create_model("unet", "nested", 1, width=4).eval(), torch.randn(2, 3, 32, 32)
+
+    def node(i, j):  # x(i, j) by its definition, from the images on
+        if j == 0:
+            return network.encoder[i](nn.functional.max_pool2d(node(i - 1, 0), 2) if i else images)
+        if i + j == 4:
+            up, block = network.up[3 - i], network.decoder[3 - i]
+        else:
+            up, block = network.skip.up[f"{i}-{j}"], network.skip.blocks[f"{i}-{j}"]
+        return block(torch.cat([*(node(i, k) for k in range(j)), up(node(i + 1, j - 1))], dim=1))
+
+    torch.testing.assert_close(network(images), network.head(node(0, 4)))
+    assert len(network.skip.blocks) == len(network.skip.up) == 6
+
+
+# FusionU-Net
+
+
+def test_fusion_u_net_counts():
+    assert parameters("unet", "fusionunet") == parameters("unet", "standard") + 7_834_020
+    assert parameters("swin_unet", "fusionunet") - parameters("swin_unet", "standard") == 16_708_248
+
+
+def test_channel_attention_weighs_channels_by_their_neighbours_means():
+    x, attention = torch.randn(2, 5, 4, 4), ChannelAttention()
+    before, own, after = attention.conv.weight[0, 0]
+    means = nn.functional.pad(x.mean(dim=(2, 3)), (1, 1))
+    weights = torch.sigmoid(before * means[:, :-2] + own * means[:, 1:-1] + after * means[:, 2:])
+    torch.testing.assert_close(attention(x), x * weights[:, :, None, None])
+
+
+@pytest.mark.parametrize("neighbour, channels, scale", [(4, 8, 2), (8, 4, 0.5)])
+def test_fusing_a_neighbour_adds_three_quarters_of_self_and_one_of_it(neighbour, channels, scale):
+    fuse, x = FuseNeighbour(neighbour, channels).eval(), torch.randn(2, channels, 8, 8)
+    other = torch.randn(2, neighbour, int(8 * scale), int(8 * scale))
+    brought = fuse.bring(other)
+    assert brought.shape == x.shape
+    expected = fuse.attention(x + fuse.block(0.75 * x + 0.25 * brought))
+    torch.testing.assert_close(fuse(x, other), expected)
+    assert (fuse(x, 0 * other) - expected).abs().max() > 1e-3
+
+
+def test_fusion_rounds_bring_every_level_to_every_level():
+    channels, sides = [4, 8, 16, 32], [48, 24, 12, 6]
+    features = [torch.randn(2, c, side, side) for c, side in zip(channels, sides)]
+    skip = FusionUNetSkip(channels).eval()
+    before = skip(features)
+    for j in range(4):
+        changed = [x + 10 if i == j else x for i, x in enumerate(features)]
+        assert all((y - x).abs().max() > 1e-4 for y, x in zip(skip(changed), before))
+
+
+def test_fusion_u_net_of_an_odd_width_is_refused(tmp_path, capsys):
+    line = refused(capsys, train, "--skip", "fusionunet", "--width", "3", "--out", tmp_path / "run")
+    assert "not 3 6 12 24: give an even --width" in line and not (tmp_path / "run").exists()
+
+
+# DoubleU-Net
+
+
+def test_double_u_net_counts():
+    """The paper's code has 29,297,570: these, 7,296 running statistics of BatchNorm, which are no
+    parameters, and 256 of the BatchNorm that ours leaves out after ASPP's mean."""
+    assert parameters("double_unet", "standard") == 29_297_570 - 7_296 - 256
+    assert parameters("double_unet", "standard", num_classes=3) == 29_290_018 + 2 * 33
+
+
+def test_double_u_net_takes_vggs_maps_from_before_each_pooling(double):
+    images, shown = torch.randn(1, 3, 32, 32), []
+    hook = double.skip[0].register_forward_pre_hook(lambda skip, inputs: shown.extend(inputs[0]))
+    with torch.inference_mode():
+        double(images)
+        hook.remove()
+        for x, last in zip(shown, (4, 9, 18, 27), strict=True):
+            torch.testing.assert_close(x, double.encoder[:last](images))
+    assert [tuple(x.shape[1:]) for x in shown] == [(64, 32, 32), (128, 16, 16), (256, 8, 8),
+                                                   (512, 4, 4)]
+
+
+def test_second_u_net_sees_the_image_times_one_mask_for_all_classes(double):
+    images, seen = torch.randn(1, 3, 32, 32), {}
+    hooks = [module.register_forward_hook(
+        lambda module, inputs, output, name=name: seen.update({name: (inputs[0], output)}))
+        for name, module in (("mask", double.mask), ("second", double.encoder2[0]))]
+    with torch.inference_mode():
+        assert double(images).shape == (1, 3, 32, 32)
+    mask = seen["mask"][1].sigmoid()
+    assert mask.shape == (1, 1, 32, 32) and mask.std() > 1e-4
+    torch.testing.assert_close(seen["second"][0], images * mask)
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("layout", ["torchvision's", "ours"])
+def test_weights_of_vgg_load_from_either_layout(layout, double, tmp_path):
+    tensors = {name: tensor.clone() for name, tensor in double.encoder.state_dict().items()}
+    with torch.device("meta"):
+        names = [name for name in vgg19().state_dict() if name.startswith("features.")]
+    torch.save({"model": double.state_dict()} if layout == "ours" else {
+        **dict(zip(names, tensors.values(), strict=True)), "classifier.6.bias": torch.zeros(1000)},
+        tmp_path / "vgg.pth")
+    for parameter in double.encoder.parameters():
+        parameter.data.zero_()
+    assert str(tmp_path / "vgg.pth") in double.load_pretrained(tmp_path / "vgg.pth")
+    assert all(map(torch.equal, double.encoder.state_dict().values(), tensors.values()))
+
+
+def test_files_that_hold_no_vgg_are_named(double, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no pretrained VGG-19.*none.pth.*--no-pretrained"):
+        double.load_pretrained(tmp_path / "none.pth")
+    (tmp_path / "page.pth").write_text("<html>quota exceeded</html>")
+    with pytest.raises(ValueError, match="page.pth: not weights"):
+        double.load_pretrained(tmp_path / "page.pth")
+    torch.save(create_model("unet", "conv", 1, 4).state_dict(), tmp_path / "unet.pth")
+    with pytest.raises(ValueError, match="unet.pth: not a VGG-19"):
+        double.load_pretrained(tmp_path / "unet.pth")
+
+
+def test_without_a_network_one_sentence_says_what_to_download(double, monkeypatch):
+    def refuse(*args, **more):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    with pytest.raises(FileNotFoundError) as error:
+        double.load_pretrained()
+    assert len(str(error.value).splitlines()) == 1
+    for part in "no route to host", "vgg19-dcbb9e9d.pth", "--weights", "--no-pretrained":
+        assert part in str(error.value)
+
+
+# Runs
+
+
+@pytest.mark.usefixtures("tiny_set")
+@pytest.mark.parametrize("flags", ["--skip nested", "--skip fusionunet",
+                                   "--skip fusion --skip-depth 2"])
+def test_a_run_trains_scores_and_is_recorded(flags, tmp_path):
+    path = tmp_path / "run/best.pt"
+    score = fit(path.parent, "--epochs", "1", *flags.split())
+    network = build_model(load_checkpoint(path), path)
+    assert type(network.skip) is SKIPS[flags.split()[1]]
+    result, = evaluation.main(evaluation.parse_args([str(path), "--device", "cpu"]))
+    assert result["per_tile"]["iou"] == score
+    assert result["args"]["skip_depth"] == (2 if "depth" in flags else 1)
+
+
+@pytest.mark.usefixtures("tiny_set")
+def test_resume_knows_the_skip_depth_and_takes_a_run_without_one_to_have_1(tmp_path, capsys):
+    out, last = tmp_path / "run", tmp_path / "run/last.pt"
+    score = fit(out, "--epochs", "1", "--skip", "conv")
+    checkpoint = torch.load(last, weights_only=True)
+    assert checkpoint["args"].pop("skip_depth") == 1
+    torch.save(checkpoint, last)
+    flags = arguments(out, "--epochs", "1", "--skip", "conv", "--resume")
+    assert train.main(train.parse_args(flags)) == score
+    line = refused(capsys, train, *flags, "--skip-depth", "2")
+    assert f"--skip-depth 2: {last} was trained with 1; give the same" in line
+    line = refused(capsys, train, *arguments(tmp_path / "new", "--skip-depth", "2"))
+    assert "--skip-depth 2: standard skips have no 1x1 convolution to repeat" in line
+
+
+@pytest.mark.parametrize("model, skip", [("unet", "nested"), ("unet", "fusionunet"),
+                                         ("swin_unet", "nested"), ("double_unet", "fusion")])
+def test_checkpoints_predict_an_image_of_any_size(model, skip, tmp_path):
+    path = save_network(tmp_path / "best.pt", model, skip, 3, width=4, name="bcss")
+    assert type(build_model(load_checkpoint(path), path)) is MODELS[model]
+    Image.effect_noise((50, 30), 90).convert("RGB").save(tmp_path / "a.png")
+    predict.main(predict.parse_args([str(path), str(tmp_path / "a.png"), "--device", "cpu",
+                                     "--out", str(tmp_path / "out")]))
+    assert Image.open(tmp_path / "out" / "a_mask.png").size == (50, 30)
