@@ -215,10 +215,9 @@ class DoubleUNet(nn.Module):
 
     The first U-Net's encoder is VGG-19 without its classifier. Its mask, after a sigmoid, times the
     image is what the second U-Net sees; the second decoder takes the skips of both encoders. The
-    mask has one channel, however many classes there are: where to look, not what is there. As in
-    the paper, what is trained and scored is the second output (its code trains the first as well).
-    Any skip of ours may stand between; `width` and `checkpointing` mean nothing here, as VGG's
-    widths are fixed. Raises ValueError for other sides.
+    mask has one channel, however many classes there are: where to look, not what is there. What is
+    trained and scored is the second U-Net's output. Any skip of ours may stand between; `width` and
+    `checkpointing` mean nothing here, as VGG's widths are fixed. Raises ValueError for other sides.
     """
 
     pretrained = True
