@@ -443,15 +443,15 @@ def read_polygons(path, size):
         raise ValueError(f"{path}: holds no Region: fetch it again")
     mask = Image.new("L", size)
     draw = ImageDraw.Draw(mask)
-    for number, vertices in enumerate(regions, 1):
+    for region, vertices in enumerate(regions, 1):
         if len(vertices) < 3:  # two of the 44 images have such a slip of the mouse
-            print_progress(f"{path.name}: left out region {number}, {len(vertices)} points enclose "
+            print_progress(f"{path.name}: left out region {region}, {len(vertices)} points enclose "
                            "nothing\n")
             continue
         low, high = vertices.min(axis=0), vertices.max(axis=0)
         if not (np.isfinite(vertices).all() and (high >= 0).all() and (low < size).all()
                 and np.abs(vertices).max() < 10 * max(size)):
-            raise ValueError(f"{path}: region {number} lies outside its {size[0]} x {size[1]} "
+            raise ValueError(f"{path}: region {region} lies outside its {size[0]} x {size[1]} "
                              "image: the annotation is of another image or scale")
         draw.polygon([tuple(vertex) for vertex in vertices], fill=1, outline=1)
     return mask
@@ -668,10 +668,10 @@ def find_own(folders, names=None, scale=1.0):
 def own_classes(masks, names):
     """The classes of an own set, from the labels in its masks; ValueError if they make no sense."""
     first = {}  # of each label, the first mask that holds it
-    for number, path in enumerate(masks, 1):
+    for done, path in enumerate(masks, 1):
         for label in np.unique(read_labels(path)).tolist():
             first.setdefault(label, path)
-        print_progress(f"labels of {number}/{len(masks)} masks read")
+        print_progress(f"labels of {done}/{len(masks)} masks read")
     labels = sorted(first)
     binary = len(labels) <= 2 and labels[-1] > 0 and (len(labels) == 1 or labels[0] == 0)
     if names and len(names) > 1:

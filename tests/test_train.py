@@ -15,7 +15,6 @@ import re
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
