@@ -1,6 +1,7 @@
 """The data, from raw files to augmented batches (paper 2.3 and 2.4).
 
     python data.py prepare monuseg --from DIR       # raw files -> data/monuseg/
+    python data.py prepare lung --from DIR          # images and masks of your own -> data/lung/
     python data.py preview monuseg --out sheet.png  # look at tiles before and after augmentation
 """
 
@@ -390,6 +391,7 @@ def cubic_basis(size, device):
 
 FORMATS = ("TIFF", "PNG", "JPEG", "BMP", "WEBP")  # the only ones that Pillow may try
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
+
 # The paper's 44 MoNuSeg images are 30 for training and these 14 of the challenge's test set.
 MONUSEG_TEST = """TCGA-2Z-A9J9-01A-01-TS1 TCGA-44-2665-01B-06-BS6 TCGA-69-7764-01A-01-TS1
     TCGA-A6-6782-01A-01-BS1 TCGA-AC-A2FO-01A-01-TS1 TCGA-AO-A0J2-01A-01-BSA TCGA-CU-A0YN-01A-02-BSB

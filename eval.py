@@ -160,7 +160,7 @@ def score_checkpoint(checkpoint, path, data_root, device, batch_size):
     args = checkpoint["args"]
     tiles, parts = open_data(checkpoint, path, data_root)
     model = build_model(checkpoint, path).to(device)
-    loss_fn = loss_for(checkpoint["num_classes"], args["ignore_index"])  # of no concern here
+    loss_fn = loss_for(checkpoint["num_classes"], args["ignore_index"])  # no score depends on it
     confusions, _ = evaluate(model, tiles, parts["test"], loss_fn, device, batch_size)
     return {"checkpoint": str(path), "epoch": len(checkpoint["log"]), "args": args,
             "recipe_version": checkpoint.get("recipe_version"), "weights": checkpoint["weights"],

@@ -289,28 +289,38 @@ def test_a_seed_fixes_the_run_and_another_changes_all_but_the_split(whole, tmp_p
     assert read_log(whole.out)[0]["train_loss"] != read_log(tmp_path / "other")[0]["train_loss"]
 
 
-def test_training_tiles_alone_are_augmented_and_alike_whenever_drawn(tmp_path, monkeypatch):
+@pytest.fixture
+def seen(monkeypatch):
+    """Every batch that is augmented from now on: images, draws, images and masks that result."""
     def spy(images, masks, draws):
-        seen.append((images, draws, *augment(images, masks, draws)))
-        return seen[-1][2:]
+        batches.append((images, draws, *augment(images, masks, draws)))
+        return batches[-1][2:]
 
+    batches, augment = [], data.augment
+    monkeypatch.setattr(data, "augment", spy)
+    return batches
+
+
+def test_training_tiles_alone_are_augmented_each_time_anew(tmp_path, seen):
     def number(image):
         pixels = (image.permute(1, 2, 0) * 255).round().byte()
         return next(i for i, tile in enumerate(made_up_tiles().images) if torch.equal(tile, pixels))
 
-    seen, augment = [], data.augment
-    monkeypatch.setattr(data, "augment", spy)
     fit(tmp_path / "run", "--epochs", "2")
-    order, first = [number(image) for images, *_ in seen for image in images], list(seen)
+    order = [number(image) for images, *_ in seen for image in images]
     assert len(order) == 20 and set(order) <= set(PARTS["train"].tolist())
     assert len(set(order[:10])) == len(set(order[10:])) == 10 and order[:10] != order[10:]
     assert not any(all(torch.equal(one[1][name], other[1][name]) for name in one[1])
-                   for one, other in itertools.combinations(first, 2))
+                   for one, other in itertools.combinations(seen, 2))
 
+
+def test_a_resumed_run_sees_the_batches_that_it_would_have_seen(tmp_path, monkeypatch, seen):
+    fit(tmp_path / "run", "--epochs", "2")
+    first = list(seen)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_before_batch(patch, 9)
         fit(tmp_path / "again", "--epochs", "2", *OFTEN)
-    seen = []
+    seen.clear()
     fit(tmp_path / "again", "--epochs", "2", "--resume")
     assert same(seen, first[8:])
 
