@@ -92,17 +92,17 @@ def nan_to_none(value):
 
 
 @torch.inference_mode()
-def evaluate(model, tiles, indices, loss_fn, device, batch_size, rank=0, world_size=1):
+def evaluate(model, tiles, indices, loss_fn, device, batch_size, rank=0, world_size=1, bf16=False):
     """Run the network over tiles -> confusion matrices (n, K, K) int64 and losses (n,).
 
     tiles as `data.load` returns them; each of the n indices counts once. Of several processes each
-    runs its share, and all return the whole.
+    runs its share, and all return the whole. `bf16` computes in bfloat16 on a CPU, too.
     """
     model.eval()
     results, done, total = [], 0, len(indices[rank::world_size])
     for part in indices[rank::world_size].split(batch_size):
         images, masks = get_batch(tiles, part, device)
-        with autocast(device):
+        with autocast(device, bf16):
             logits = model(normalize(images))
         results.append((confusion_matrices(logits, masks), loss_fn(logits, masks)))
         done += len(part)

@@ -133,7 +133,7 @@ RECIPES = {
 }
 # What all of them have in common; a loss of None is the paper's for so many classes.
 COMMON = {"classes": None, "loss": None, "schedule": "constant", "weight_decay": 0.0,
-          "augment": "all", "skip_depth": 1}
+          "augment": "all", "skip_depth": 1, "bf16": False}
 
 # Raised whenever the same flags train differently: runs of two versions share no mean.
 RECIPE_VERSION = 3

@@ -78,7 +78,7 @@ def read_scores(path):
 def flags(result):
     """The flags of train.py by which a run differs from the paper's; empty where it does not."""
     args = result["args"]
-    words = [f"--{name.replace('_', '-')} {value}"
+    words = [f"--{name.replace('_', '-')} {'' if value is True else value}".strip()
              for name, value in recipe_overrides(args).items()]
     if MODELS[args["model"]].pretrained and result["weights"] == "from scratch":
         words.append("--no-pretrained")

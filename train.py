@@ -35,7 +35,8 @@ from utils import (ARGS, CHECKPOINT, autocast, device_name, leave_processes, loa
 
 
 # What a run's checkpoints and scores.json record of its flags: all that its digits depend on.
-RECORDED = (*ARGS, "recipe", "classes", "loss", "schedule", "weight_decay", "augment", "skip_depth")
+RECORDED = (*ARGS, "recipe", "classes", "loss", "schedule", "weight_decay", "augment", "skip_depth",
+            "bf16")
 
 
 def parse_args(argv=None):
@@ -82,6 +83,9 @@ def parse_args(argv=None):
     parser.add_argument("--no-pretrained", action="store_true",
                         help="start Swin-UNet or DoubleU-Net from scratch")
     # Speed and memory
+    parser.add_argument("--bf16", action="store_true", default=None, help="train in bfloat16 on a "
+                        "CPU as well, which may pay where it has instructions for that "
+                        "(avx512_bf16, amx) and is far slower where not; GPUs always do")
     parser.add_argument("--compile", action="store_true",
                         help="torch.compile the network: pays on a GPU, not on a CPU")
     parser.add_argument("--checkpointing", action="store_true",
@@ -110,7 +114,8 @@ def parse_args(argv=None):
     args.augment = args.augment and " ".join(args.augment)
     args.recipe, args.split = info["recipe"], args.split or info["split"]
     for name, value in recipe_for(args.recipe, args.model).items():
-        setattr(args, name, getattr(args, name) or value)
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     args.out = args.out or default_folder(args, info["split"])
     return args
 
@@ -118,7 +123,7 @@ def parse_args(argv=None):
 def default_folder(args, split):
     """runs/DATA-MODEL-SKIP-seedK, and before the seed whatever is not the recipe's."""
     changed = [] if args.split == split else [args.split]
-    changed += [f"{name.replace('_', '')}{value}".replace(" ", "-")
+    changed += [f"{name.replace('_', '')}{'' if value is True else value}".replace(" ", "-")
                 for name, value in recipe_overrides(vars(args)).items()]
     changed += ["scratch"] if args.no_pretrained else []
     return Path("runs", "-".join([args.data, args.model, args.skip, *changed, f"seed{args.seed}"]))
@@ -135,7 +140,7 @@ def main(args):
     loss_fn = loss_for(num_classes, args.ignore_index, args.loss)
     raw_model, optimizer, scaler = build_training(args, num_classes, device)
     num_steps = len(parts["train"]) // args.batch_size  # in an epoch
-    memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    memory_format = memory_format_for(device, args.bf16)
 
     # Start, or go on from last.pt. `run` is what a checkpoint holds beside weights and optimizer.
     run = {"args": {name: getattr(args, name) for name in RECORDED}, "num_classes": num_classes,
@@ -178,7 +183,7 @@ def main(args):
         epoch, place = divmod(step, num_steps)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * SCHEDULES[args.schedule](step / total)
-        with autocast(device):
+        with autocast(device, args.bf16):
             logits = model(normalize(images).contiguous(memory_format=memory_format))
         loss = loss_fn(logits, masks).sum() / (args.batch_size / world_size)
         scaler.scale(loss).backward()
@@ -248,8 +253,8 @@ def build_training(args, num_classes, device):
     torch.manual_seed(args.seed)
     model = create_model(args.model, args.skip, num_classes, args.width, args.checkpointing,
                          args.skip_depth)
-    if device.type == "cuda":  # what tensor cores like; on a CPU all of this is slower
-        model.to(memory_format=torch.channels_last)
+    model.to(memory_format=memory_format_for(device, args.bf16))
+    if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
     model.to(device)
@@ -261,6 +266,11 @@ def build_training(args, num_classes, device):
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and
                                   autocast(device).fast_dtype == torch.float16)
     return model, optimizer, scaler
+
+
+def memory_format_for(device, bf16):
+    """How maps lie in memory: as half precision likes it; in float32 on a CPU that is slower."""
+    return torch.channels_last if bf16 or device.type == "cuda" else torch.contiguous_format
 
 
 def open_folder(args):
@@ -348,7 +358,7 @@ def validate(args, epoch, model, tiles, indices, loss_fn, device, rank, world_si
     for buffer in model.buffers() if world_size > 1 else ():
         dist.broadcast(buffer, 0)  # on CPUs each process has its own BatchNorm statistics
     confusions, losses = evaluate(model, tiles, indices, loss_fn, device, args.batch_size, rank,
-                                  world_size)
+                                  world_size, args.bf16)
     check_finite(losses, epoch, "validation tile", args.out)
     metrics = compute_metrics(confusions, args.ignore_index)
     return {"val_loss": losses.mean().item(),

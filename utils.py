@@ -227,10 +227,10 @@ def device_name(device):
             f"{threads} thread{'s' if threads > 1 else ''}")
 
 
-def autocast(device):
-    """Half precision on CUDA, bfloat16 or, where a card has none, float16; elsewhere nothing."""
+def autocast(device, bf16=False):
+    """Half precision on CUDA, bfloat16 or, where a card has none, float16; on a CPU if `bf16`."""
     if device.type != "cuda":
-        return torch.autocast(device.type, enabled=False)
+        return torch.autocast("cpu", torch.bfloat16, enabled=bf16)
     bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast("cuda", torch.bfloat16 if bfloat16 else torch.float16)
 

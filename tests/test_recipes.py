@@ -152,3 +152,13 @@ def test_synthetic_classes_train_and_score_by_their_names(tmp_path, monkeypatch,
     assert "--classes" in refused(capsys, train, *flags[2:], "--resume")
     for wrong in "--classes 2", "--classes 23", "--classes 3 --data monuseg":
         assert "--classes" in refused(capsys, train, *wrong.split())
+
+
+def test_bfloat16_on_a_cpu_learns_nearly_the_same_and_is_told_apart(tmp_path, whole):
+    assert abs(fit(tmp_path / "run", "--bf16") - whole.score) < 0.2
+    half, full = (load(folder / "last.pt")["model"] for folder in (tmp_path / "run", whole.out))
+    assert all(value.dtype == full[name].dtype for name, value in half.items())
+    difference = (half["head.weight"] - full["head.weight"]).abs().max()
+    assert 0 < difference < 0.05
+    args = train.parse_args(["--bf16"])
+    assert str(args.out) == "runs/synthetic-unet-standard-bf16-seed0"
