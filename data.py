@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from losses import RECIPES
 from plots import PALETTE, draw_preview
-from synthetic import NAMES, draw_tiles
+from synthetic import EOSIN, HEMATOXYLIN, NAMES, draw_tiles
 from utils import (first_mismatch, lock_folder, number, print_progress, run_cli, to_device,
                    write_atomic)
 
@@ -58,9 +58,10 @@ SPLITS = ("tile", "image", "official")  # see `split_tiles`
 
 # -----------------------------------------------------------------------------
 # A prepared set is a folder with images.npy (n, 224, 224, 3) and masks.npy (n, 224, 224), both
-# uint8, tiles.csv, one line per tile: source image, row, column, and the part of the official split
-# that it belongs to, and set.json, what is known of the set. The arrays are memory-mapped, so that
-# a batch is one indexing operation and no loader is needed.
+# uint8, tiles.csv, one line per tile: source image, row, column, the part of the official split
+# that it belongs to, and where in the image its corner lies, and set.json, what is known of the
+# set. The arrays are memory-mapped, so that a batch is one indexing operation and no loader is
+# needed.
 
 ARRAYS = {"images": (TILE, TILE, 3), "masks": (TILE, TILE)}  # shape of a tile in each
 
@@ -68,12 +69,14 @@ ARRAYS = {"images": (TILE, TILE, 3), "masks": (TILE, TILE)}  # shape of a tile i
 @dataclass
 class Tiles:
     """images (n, 224, 224, 3) and masks (n, 224, 224), uint8 tensors; of each tile, its row
-    (source image, row, column, part of the official split); what is known of the set, see SETS."""
+    (source image, row, column, part of the official split); what is known of the set, see SETS;
+    of each tile, the first pixel (top, left) in its image, no list if that was not noted."""
 
     images: torch.Tensor
     masks: torch.Tensor
     rows: list
     info: dict
+    corners: list = None
 
 
 def how_to_prepare(data):
@@ -130,8 +133,11 @@ def load(data, root, num_classes=1):
         raise FileNotFoundError(f"{folder}: {data} is not prepared: {how_to_prepare(data)}")
     try:
         with open(folder / "tiles.csv", newline="") as file:
-            rows = [(row["image"], int(row["row"]), int(row["column"]), row["official"])
-                    for row in csv.DictReader(file)]
+            lines = [*csv.DictReader(file)]
+        rows = [(line["image"], int(line["row"]), int(line["column"]), line["official"])
+                for line in lines]
+        corners = ([(int(line["top"]), int(line["left"])) for line in lines]
+                   if lines and "top" in lines[0] else None)  # older versions did not note them
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'tiles.csv'}: damaged ({error!r}): {again}") from None
     arrays = []
@@ -150,14 +156,14 @@ def load(data, root, num_classes=1):
     if highest >= labels:
         raise ValueError(f"{folder / 'masks.npy'}: holds the label {highest}, but {data} has the "
                          f"labels 0 to {labels - 1}: {again}")
-    return Tiles(*map(torch.from_numpy, arrays), rows, info)
+    return Tiles(*map(torch.from_numpy, arrays), rows, info, corners)
 
 
 def synthetic(n=100, num_classes=1):
     """Draw n tiles of the synthetic set, the same each time -> Tiles, as `load` returns them."""
     images, masks = map(torch.from_numpy, draw_tiles(n, num_classes))
     rows = [(f"synthetic-{number:03}", 0, 0, "train") for number in range(n)]
-    return Tiles(images, masks, rows, read_info("synthetic", "", num_classes))
+    return Tiles(images, masks, rows, read_info("synthetic", "", num_classes), [(0, 0)] * n)
 
 
 # -----------------------------------------------------------------------------
@@ -213,6 +219,66 @@ def fingerprint(rows, parts):
 
 
 # -----------------------------------------------------------------------------
+# Whole images: a pixel of one is looked up in the tile that holds it. Training with --windows cuts
+# its tiles out of them anew, anywhere, and eval.py --whole predicts them.
+
+
+@dataclass
+class WholeImage:
+    """grid (R, C): indices of the tiles; tops (R,), lefts (C,): their first pixels, ascending."""
+
+    grid: torch.Tensor
+    tops: torch.Tensor
+    lefts: torch.Tensor
+
+    @property
+    def size(self):
+        """Height and width in pixels."""
+        return self.tops[-1].item() + TILE, self.lefts[-1].item() + TILE
+
+
+def whole_images(data, tiles, indices):
+    """Put the tiles with these indices together -> {name of a source image: WholeImage}.
+
+    Raises ValueError if they do not cover their images.
+    """
+    if not tiles.corners:
+        raise ValueError(f"{data} was prepared by an older version, which did not note where tiles "
+                         f"lie: remove that folder and {how_to_prepare(data)}")
+    images = {}
+    for i in indices.tolist():
+        images.setdefault(tiles.rows[i][0], {})[tiles.corners[i]] = i
+    for name, places in images.items():
+        tops, lefts = (sorted(set(starts)) for starts in zip(*places))
+        covered = all(starts[0] == 0 and max(np.diff(starts), default=0) <= TILE
+                      for starts in (tops, lefts))
+        if not covered or len(places) < len(tops) * len(lefts):
+            raise ValueError(f"{data}: the tiles of {name} do not make up a whole image, which "
+                             "--windows and --whole need")
+        images[name] = WholeImage(torch.tensor([[places[top, left] for left in lefts]
+                                                for top in tops]), *map(torch.tensor, (tops, lefts)))
+    return images
+
+
+def cut(tiles, whole, top, left, height, width):
+    """Cut a piece out of a whole image -> image (height, width, 3), mask (height, width), uint8.
+
+    Beyond the border the image continues mirrored, as in `augment`.
+    """
+    def look_up(start, length, starts, size):  # -> which row or column of tiles, and where in it
+        positions = torch.arange(start, start + length) % (2 * size)
+        positions = torch.minimum(positions, 2 * size - 1 - positions)
+        which = torch.searchsorted(starts, positions, right=True) - 1
+        return which, positions - starts[which]
+
+    row, y = look_up(top, height, whole.tops, whole.size[0])
+    column, x = look_up(left, width, whole.lefts, whole.size[1])
+    places = tuple(to_device(place, tiles.images.device)
+                   for place in (whole.grid[row[:, None], column], y[:, None], x))
+    return tiles.images[places], tiles.masks[places]
+
+
+# -----------------------------------------------------------------------------
 # Batches
 
 
@@ -223,24 +289,49 @@ def generator(*numbers):
 
 
 def read_tiles(tiles, indices, device):
-    """Cut tiles out of the set as they are stored -> what `to_batch` takes, pinned for CUDA.
+    """Take tiles out of the set as they are stored -> what `to_batch` takes, pinned for CUDA.
 
     Touches no other device than the set's, so that a thread may do it ahead: MPS bears only one.
     """
     indices = to_device(indices, tiles.images.device)
-    arrays = [array.index_select(0, indices) for array in (tiles.images, tiles.masks)]
+    return pinned([array.index_select(0, indices) for array in (tiles.images, tiles.masks)],
+                  tiles, device)
+
+
+def read_windows(tiles, wholes, indices, places, scale, device):
+    """Cut windows out of the whole images of some tiles, with room around them to turn and grow.
+
+    places (n, 2): where their centres lie, 0..1 of the way that a tile can move within its image.
+    """
+    side, pieces = window_side(scale), []
+    for index, place in zip(indices.tolist(), places.tolist()):
+        whole = wholes[tiles.rows[index][0]]
+        top, left = (round(share * (size - TILE)) - (side - TILE) // 2
+                     for share, size in zip(place, whole.size))
+        pieces.append(cut(tiles, whole, top, left, side, side))
+    return pinned([torch.stack(arrays) for arrays in zip(*pieces)], tiles, device)
+
+
+def window_side(scale):
+    """Pixels of a square that holds a window turned by 45 degrees and at its largest scale."""
+    return 2 * math.ceil(TILE * math.exp(scale) / math.sqrt(2) + ELASTIC_STD)
+
+
+def pinned(arrays, tiles, device):
+    """The same in memory from which CUDA copies without waiting."""
     pin = torch.device(device).type == "cuda" and not tiles.images.is_cuda
     return [array.pin_memory() for array in arrays] if pin else arrays
 
 
 def to_batch(arrays, device):
-    """Stored tiles -> images (n, 3, 224, 224) float 0..1, masks (n, 224, 224) int64 on `device`."""
+    """Stored tiles -> images (n, 3, H, W) float 0..1, masks (n, H, W) int64 on `device`."""
     images, masks = (to_device(array, device) for array in arrays)
     return images.permute(0, 3, 1, 2).float() / 255, masks.long()
 
 
 def get_batch(tiles, indices, device):
-    """Cut tiles out of the set -> images (n, 3, 224, 224) float 0..1, masks (n, 224, 224) int64."""
+    """Take tiles out of the set -> images (n, 3, 224, 224) float, 0..1, masks (n, 224, 224) int64.
+    """
     return to_batch(read_tiles(tiles, indices, device), device)
 
 
@@ -252,14 +343,16 @@ def normalize(images):
 
 
 def train_batches(tiles, indices, batch_size, seed, first_step, last_step, device, rank=0,
-                  world_size=1, augmentations="all"):
+                  world_size=1, augmentations="all", wholes=None, windows=0.0, stain=0.0):
     """Yield the augmented batches of training steps first_step..last_step - 1, counted from 0.
 
     A batch is images (n, 3, 224, 224) float 0..1 and masks (n, 224, 224) int64 on `device`, n this
     process's share of the batch size. Every epoch has an order of its own, and leaves out the tiles
     of an incomplete batch. Chance depends on the seed and the step alone, so that resuming needs no
     generator's state; PyTorch's own generator is seeded, too, for what the network draws.
-    `augmentations` are names of WARPS and COLOURS in one text, or "all", or "none".
+    `augmentations` are names of WARPS and COLOURS in one text, or "all", or "none". With `wholes`,
+    as `whole_images` returns them, a tile stands for a window anywhere in its image, whose scale
+    varies by up to exp(+-windows). `stain` is the strength of the stains' variation.
     """
     names = [*WARPS, *COLOURS] if augmentations == "all" else augmentations.split()
     steps = len(indices) // batch_size  # in an epoch
@@ -267,8 +360,11 @@ def train_batches(tiles, indices, batch_size, seed, first_step, last_step, devic
     def fetch(step):
         epoch, place = divmod(step, steps)
         order = torch.randperm(len(indices), generator=generator(seed, epoch + 1))
-        batch = order[place * batch_size:(place + 1) * batch_size]
-        return read_tiles(tiles, indices[batch[rank::world_size]], device)
+        batch = indices[order[place * batch_size:(place + 1) * batch_size]][rank::world_size]
+        if not wholes:
+            return read_tiles(tiles, batch, device)
+        places = torch.rand(batch_size, 2, generator=generator(seed, epoch + 1, place, "windows"))
+        return read_windows(tiles, wholes, batch, places[rank::world_size], windows, device)
 
     with ThreadPoolExecutor(1) as reader:
         next_batch = reader.submit(fetch, first_step)
@@ -278,7 +374,7 @@ def train_batches(tiles, indices, batch_size, seed, first_step, last_step, devic
                 next_batch = reader.submit(fetch, step + 1)
             epoch, place = divmod(step, steps)
             chance = generator(seed, epoch + 1, place)
-            draws = draw_augmentation(batch_size, chance, names)
+            draws = draw_augmentation(batch_size, chance, names, windows if wholes else None, stain)
             torch.manual_seed(chance.initial_seed() + rank)
             yield augment(images, masks, {name: values[rank::world_size]
                                           for name, values in draws.items()})
@@ -287,13 +383,14 @@ def train_batches(tiles, indices, batch_size, seed, first_step, last_step, devic
 # -----------------------------------------------------------------------------
 # Augmentation (paper 2.4), on the training device, a whole batch at a time
 
-# The paper names these and gives no strengths, so all of them are ours.
+# The paper names six and gives no strengths, so all of them are ours.
 CHANCE = 0.5          # of each augmentation, for each tile
 ELASTIC_CELLS = 7     # elastic: random shifts on a grid of 7 x 7 cells of 32 pixels,
 ELASTIC_STD = 8       # pixels, their standard deviation before smoothing
 GRID_CELLS = 5        # grid distortion: rows and columns of 5 cells each grow or shrink
 GRID_STRETCH = 0.3    # by up to 30 %
 BRIGHTNESS = 0.2      # brightness changes by up to 20 %
+STAIN_SHIFT = 0.2     # stains, where asked for, are shifted by a fifth of what they are scaled by
 
 
 def uniform(*shape, generator):
@@ -315,6 +412,21 @@ def change_brightness(images, factors):
     return images.mul_(factors[..., None, None]).clamp_(0, 1)
 
 
+def change_stain(images, changes):
+    """Scale and shift the amounts of haematoxylin, of eosin and of what neither explains.
+
+    images (n, 3, H, W), 0..1; changes (n, 2, 3): factors and shifts, in optical density.
+    """
+    stains = F.normalize(torch.tensor((HEMATOXYLIN, EOSIN)))
+    stains = torch.cat((stains, torch.linalg.cross(*stains)[None]))         # (3, 3), one a row
+    inverse, stains = (to_device(x, images.device) for x in (stains.inverse(), stains))
+    factors, shifts = changes.unbind(1)
+    mix = (inverse * factors[:, None]) @ stains                             # (n, 3, 3)
+    density = -images.clamp_(min=1 / 255).log_()
+    density = torch.einsum("nihw,nij->njhw", density, mix) + (shifts @ stains)[..., None, None]
+    return density.neg_().exp_().clamp_(0, 1)
+
+
 # What moves pixels is one look-up, below. What changes colours is a function that draws parameters,
 # (n, generator) -> tensor on the CPU, and one that applies them, (images (n, 3, H, W), 0..1,
 # parameters) -> images: one entry adds another.
@@ -322,12 +434,14 @@ WARPS = ("flip", "rotation", "grid", "elastic")
 COLOURS = {"brightness": (draw_brightness, change_brightness)}
 
 
-def draw_augmentation(n, generator, names=(*WARPS, *COLOURS)):
+def draw_augmentation(n, generator, names=(*WARPS, *COLOURS), windows=None, stain=0.0):
     """Draw the random parameters of n tiles: small tensors on the CPU, the same for any device.
 
     matrix (n, 2, 2): flips and rotation; columns, rows (n, 6): the grid's distorted lines, -1..1;
     elastic (n, 2, 10, 10): shifts at the grid's points; brightness (n, 1): factors. A warp that is
-    not in `names` is drawn as well but changes nothing, so that the others stay what they are.
+    not in `names` is drawn as well but changes nothing, so that the others stay what they are. For
+    windows of varied scale also zoom (n,): a window's share of the piece that was cut out for it;
+    for stains of varied strength (above 0) also stain (n, 2, 3): factors and shifts.
     """
     def happens(name, *shape):
         return chance(*shape, generator=generator) * (name in names)
@@ -340,20 +454,29 @@ def draw_augmentation(n, generator, names=(*WARPS, *COLOURS)):
     lines = F.pad(widths.cumsum(2) / widths.sum(2, keepdim=True), (1, 0)) * 2 - 1
     shifts = torch.randn(n, 2, ELASTIC_CELLS + 3, ELASTIC_CELLS + 3, generator=generator)
     elastic = shifts * happens("elastic", n, 1, 1, 1) * ELASTIC_STD * 2 / TILE
-    return {"matrix": rotation * flips[:, None], "columns": lines[:, 0], "rows": lines[:, 1],
-            "elastic": elastic} | {name: draw(n, generator) for name, (draw, _) in COLOURS.items()
-                                   if name in names}
+    draws = {"matrix": rotation * flips[:, None], "columns": lines[:, 0], "rows": lines[:, 1],
+             "elastic": elastic} | {name: draw(n, generator) for name, (draw, _) in COLOURS.items()
+                                    if name in names}
+    if windows is not None:
+        scale = (windows * uniform(n, generator=generator)).exp()
+        draws["zoom"] = scale * TILE / window_side(windows)
+    if stain:
+        scaled, shifted = stain * uniform(2, n, 3, generator=generator)
+        draws["stain"] = torch.stack((1 + scaled, STAIN_SHIFT * shifted), dim=1)
+    return draws
 
 
 def augment(images, masks, draws):
     """Flip, rotate, distort and brighten each tile its own way (paper 2.4).
 
     images (n, 3, H, W) float 0..1, masks (n, H, W) integer, draws from `draw_augmentation`; returns
-    the same shapes and types. Every output pixel looks up one place of the input: its position is
-    bent along each axis (grid distortion), turned and mirrored, then shifted (elastic). Images are
-    interpolated, masks take the nearest label, beyond the border both continue mirrored.
+    the same types and shapes, but for windows 224 x 224, of which images and masks hold more. Every
+    output pixel looks up one place of the input: its position is bent along each axis (grid
+    distortion), turned and mirrored, shifted (elastic), and scaled. Images are interpolated, masks
+    take the nearest label, beyond the border both continue mirrored.
     """
-    (height, width), device = images.shape[2:], images.device
+    device = images.device
+    height, width = (TILE, TILE) if "zoom" in draws else images.shape[2:]
     draws = {name: to_device(values, device) for name, values in draws.items()}
     # Lines and shifts are given on coarse grids; these matrices interpolate them to pixels.
     x = draws["columns"] @ linear_basis(width, device).T                   # (n, W)
@@ -362,9 +485,13 @@ def augment(images, masks, draws):
     x, y, matrix = x[:, None, None, :], y[:, None, :, None], draws["matrix"][..., None, None]
     grid = matrix[:, :, 0] * x + matrix[:, :, 1] * y + shift               # (n, 2, H, W)
     grid = grid.permute(0, 2, 3, 1)
+    if "zoom" in draws:
+        grid = grid * draws["zoom"].view(-1, 1, 1, 1)
     images = F.grid_sample(images, grid, "bilinear", "reflection", align_corners=False)
     warped = F.grid_sample(masks[:, None].float(), grid, "nearest", "reflection",
                            align_corners=False)
+    if "stain" in draws:
+        images = change_stain(images, draws["stain"])
     for name, (_, change) in COLOURS.items():
         if name in draws:
             images = change(images, draws[name])
@@ -549,7 +676,8 @@ def check_size(image_path, image, mask_path, mask):
 
 
 # -----------------------------------------------------------------------------
-# Finding raw files. A list of (image path, annotation path, its lines of tiles.csv).
+# Finding raw files. A list of (image path, annotation path, its lines of tiles.csv). (Tiles of
+# BCSS come by themselves: where in their region they lie is not known in pixels of theirs.)
 
 
 def walk(folders):
@@ -608,7 +736,8 @@ def find_monuseg(folders, later_images=False):
         for name in later:
             images.pop(name), masks.pop(name, None)
     return [(image, mask, [(image.stem, row, column, "test" if image.stem in MONUSEG_TEST
-                            else "train") for row in range(4) for column in range(4)])
+                            else "train", TILE * row, TILE * column)
+                           for row in range(4) for column in range(4)])
             for image, mask in match_masks(images, masks)]
 
 
@@ -633,7 +762,7 @@ def find_bcss(folders, suffix):
                                          for name in (part, part + "_mask"))):
             match = re.fullmatch(r"(.+)_(\d+)_(\d+)_size\d+", image.stem)
             region, row, column = match.groups() if match else (image.stem, 0, 0)
-            items.append((image, mask, [(region, int(row), int(column), part)]))
+            items.append((image, mask, [(region, int(row), int(column), part, 0, 0)]))
     return items
 
 
@@ -659,9 +788,9 @@ def find_own(folders, names=None, scale=1.0):
             if min(width, height) < TILE:
                 raise ValueError(f"{image}: {width} x {height} pixels, less than a tile of {TILE}: "
                                  f"give --scale {1.005 * scale * TILE / min(width, height):.2f}")
-            items.append((image, mask, [(image.stem, row, column, part)
-                                        for row in range(math.ceil(height / TILE))
-                                        for column in range(math.ceil(width / TILE))]))
+            items.append((image, mask, [(image.stem, row, column, part, top, left)
+                                        for row, top in enumerate(tile_starts(height))
+                                        for column, left in enumerate(tile_starts(width))]))
     index_by_stem(images)  # no two of one name, in whatever parts
     return items, {"classes": own_classes([mask for _, mask, _ in items], names), "scale": scale,
                    "split": "official" if parts else "image"}
@@ -770,7 +899,7 @@ def prepare(data, folders, root, **options):
     source = {"from": [str(Path(folder).absolute()) for folder in folders]}
     (working / "set.json").write_text(json.dumps(info | source, indent=1), encoding="utf-8")
     with open(working / "tiles.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("image", "row", "column", "official"), *rows])
+        csv.writer(file).writerows([("image", "row", "column", "official", "top", "left"), *rows])
     working.rename(final)
     for name in progress.name, ".lock":
         Path(final, name).unlink()

@@ -132,8 +132,17 @@ RECIPES = {
     "bcss512": {"epochs": 10, "batch_size": 50, "lr": 1e-3, "width": 64, "swin_unet": {"lr": 1e-5}},
 }
 # What all of them have in common; a loss of None is the paper's for so many classes.
-COMMON = {"classes": None, "loss": None, "schedule": "constant", "weight_decay": 0.0,
-          "augment": "all", "skip_depth": 1, "bf16": False}
+COMMON = {"classes": None, "loss": None, "schedule": "constant", "weight_decay": 0.0, "ema": 0.0,
+          "augment": "all", "windows": 0.0, "stain": 0.0, "skip_depth": 1, "bf16": False}
+
+# --recipe strong, for each of them: what later work found to pay. results/README.md tells what each
+# ingredient gives.
+STRONG = {"lr": 2e-3, "schedule": "cosine", "weight_decay": 0.05, "ema": 0.999, "windows": 0.25,
+          "stain": 0.25, "swin_unet": {"lr": 2e-4}}
+RECIPES |= {f"{name} strong": paper | STRONG for name, paper in RECIPES.items()}
+for name in "synthetic", "monuseg":
+    RECIPES[f"{name} strong"]["loss"] = "bce+dice"
+RECIPES["monuseg strong"]["epochs"] = 200
 
 # Raised whenever the same flags train differently: runs of two versions share no mean.
 RECIPE_VERSION = 3

@@ -12,6 +12,7 @@ resume from) and, at the end, scores.json of the test tiles.
 import argparse
 import json
 import time
+from copy import deepcopy
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import nn
 
 import related  # noqa: F401, its skips and networks join SKIPS and MODELS
 from data import (COLOURS, SPLITS, WARPS, fingerprint, load, normalize, read_info, split_tiles,
-                  train_batches)
+                  train_batches, whole_images)
 from eval import compute_metrics, evaluate, metrics_table
 from losses import (COMMON, LOSSES, RECIPE_VERSION, SCHEDULES, loss_for, recipe_for,
                     recipe_overrides)
@@ -35,8 +36,8 @@ from utils import (ARGS, CHECKPOINT, autocast, device_name, leave_processes, loa
 
 
 # What a run's checkpoints and scores.json record of its flags: all that its digits depend on.
-RECORDED = (*ARGS, "recipe", "classes", "loss", "schedule", "weight_decay", "augment", "skip_depth",
-            "bf16")
+RECORDED = (*ARGS, "recipe", "classes", "loss", "schedule", "weight_decay", "ema", "augment",
+            "windows", "stain", "skip_depth", "bf16")
 
 
 def parse_args(argv=None):
@@ -61,6 +62,9 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=number(int, above=-1, most=2**63 - 1), default=0,
                         help="of all chance but the split's (default: 0)")
     # The recipe
+    parser.add_argument("--recipe", choices=("paper", "strong"), default="paper",
+                        help="what the flags below default to: the paper's values, or what later "
+                        "work found to pay (default: paper)")
     parser.add_argument("--epochs", type=number(int, most=10**6), help="passes over the training "
                         "tiles")
     parser.add_argument("--batch-size", type=number(int), help="tiles per step")
@@ -69,10 +73,19 @@ def parse_args(argv=None):
                         "in the paper, or cosine with warm-up")
     parser.add_argument("--weight-decay", type=number(float, above=-1e-9), help="AdamW's, of "
                         "matrices alone (default: 0)")
+    parser.add_argument("--ema", type=number(float, above=-1e-9, most=0.9999), metavar="DECAY",
+                        help="score an exponential moving average of the weights (strong: 0.999; "
+                        "0: the weights themselves)")
     parser.add_argument("--loss", choices=LOSSES, help="bce and bce+dice are for one class, ce and "
                         "ce+dice for several")
     parser.add_argument("--augment", nargs="+", choices=("all", "none", *WARPS, *COLOURS),
                         help="what changes training tiles (default: all)")
+    parser.add_argument("--windows", type=number(float, above=-1e-9, most=1), metavar="SCALE",
+                        help="train on windows anywhere in whole images, their scale varied by up "
+                        "to exp(+-SCALE) (strong: 0.25; 0: on the tiles as they are)")
+    parser.add_argument("--stain", type=number(float, above=-1e-9, most=1), metavar="STRENGTH",
+                        help="vary haematoxylin, eosin and the rest of each tile by up to this "
+                        "share (strong: 0.25; 0: not)")
     parser.add_argument("--width", type=number(int, most=1024),
                         help="channels of the U-Net's first level")
     parser.add_argument("--ignore-index", type=int, nargs="+", default=[], metavar="LABEL",
@@ -112,10 +125,14 @@ def parse_args(argv=None):
     if args.augment and len(args.augment) > 1 and {"all", "none"} & {*args.augment}:
         parser.error("--augment: all and none stand alone")
     args.augment = args.augment and " ".join(args.augment)
-    args.recipe, args.split = info["recipe"], args.split or info["split"]
+    args.recipe = info["recipe"] + (" strong" if args.recipe == "strong" else "")
+    args.split = args.split or info["split"]
     for name, value in recipe_for(args.recipe, args.model).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.windows and args.split == "tile":
+        parser.error("--windows cuts tiles out of whole images, of which --split tile tests on "
+                     "parts: give --split image or official, or --windows 0")
     args.out = args.out or default_folder(args, info["split"])
     return args
 
@@ -123,6 +140,7 @@ def parse_args(argv=None):
 def default_folder(args, split):
     """runs/DATA-MODEL-SKIP-seedK, and before the seed whatever is not the recipe's."""
     changed = [] if args.split == split else [args.split]
+    changed += ["strong"] if args.recipe.endswith(" strong") else []
     changed += [f"{name.replace('_', '')}{'' if value is True else value}".replace(" ", "-")
                 for name, value in recipe_overrides(vars(args)).items()]
     changed += ["scratch"] if args.no_pretrained else []
@@ -135,10 +153,11 @@ def main(args):
     Raises ValueError or OSError for what the user can mend; last.pt then holds the last good state.
     """
     device, rank, world_size = setup_processes(pick_device(args.device))
-    tiles, parts = open_data(args, device, world_size)
+    tiles, parts, wholes = open_data(args, device, world_size)
     num_classes = len(tiles.info["classes"])
     loss_fn = loss_for(num_classes, args.ignore_index, args.loss)
     raw_model, optimizer, scaler = build_training(args, num_classes, device)
+    scored = deepcopy(raw_model) if args.ema else raw_model  # the average, or the network itself
     num_steps = len(parts["train"]) // args.batch_size  # in an epoch
     memory_format = memory_format_for(device, args.bf16)
 
@@ -148,7 +167,7 @@ def main(args):
            "recipe_version": RECIPE_VERSION, "weights": "from scratch", "step": 0,
            "losses": torch.zeros(num_steps), "log": [], "seconds": [], "elapsed": 0.0}
     on_rank_0(open_folder, args)
-    run |= resume(args, run, raw_model, optimizer, scaler)
+    run |= resume(args, run, raw_model, scored, optimizer, scaler)
     log, losses, total = run["log"], run["losses"].to(device), args.epochs * num_steps
     if run["step"] == total and on_rank_0((args.out / "scores.json").exists):
         print(f"{args.out} is finished, its scores are in scores.json; more --epochs train further")
@@ -164,19 +183,20 @@ def main(args):
     def save(name, **more):
         if rank == 0:
             run["losses"], run["elapsed"] = losses.cpu(), time.time() - clock
-            save_checkpoint(args.out / name, run | {"model": raw_model.state_dict()} | more)
+            save_checkpoint(args.out / name, run | {"model": scored.state_dict()} | more)
 
     def save_last():
         check_finite(losses[:place + 1], epoch + 1, "step", args.out)
         check_weights(raw_model, epoch + 1, args.out)
-        save("last.pt", optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+        save("last.pt", trained=raw_model.state_dict(), optimizer=optimizer.state_dict(),
+             scaler=scaler.state_dict())
 
     start = saved = shown = time.time()
     first, clock = run["step"], start - run["elapsed"]
     if rank == 0 and log and first % num_steps == 0:
         finish_epoch(args.out, log, save)  # a kill may have come between an epoch's writes
     batches = train_batches(tiles, parts["train"], args.batch_size, args.seed, first, total, device,
-                            rank, world_size, args.augment)
+                            rank, world_size, args.augment, wholes, args.windows, args.stain)
     model.train()
     for step, (images, masks) in enumerate(batches, first):
         # Forward, backward, step. The scaler does nothing except for float16.
@@ -190,6 +210,8 @@ def main(args):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
+        if args.ema:
+            update_average(scored, raw_model, step, args.ema)
         losses[place] = loss.detach() / world_size
         if world_size > 1:
             dist.all_reduce(losses[place])
@@ -210,7 +232,7 @@ def main(args):
             continue
 
         # Validate, and write all that it takes to go on, the log, and the best epoch's weights.
-        row = validate(args, epoch + 1, raw_model, tiles, parts["val"], loss_fn, device, rank,
+        row = validate(args, epoch + 1, scored, tiles, parts["val"], loss_fn, device, rank,
                        world_size)
         log.append({"epoch": epoch + 1, "train_loss": losses.mean().item(), **row})
         run["seconds"].append(time.time() - clock)
@@ -232,7 +254,10 @@ def main(args):
 
 
 def open_data(args, device, world_size):
-    """The tiles and the split that the flags ask for; ValueError for flags that do not fit them."""
+    """The tiles, the split that the flags ask for and, for windows, the whole training images.
+
+    Raises ValueError for flags that do not fit the data.
+    """
     tiles = load(args.data, args.data_root, args.classes or 1)
     parts = split_tiles(args.data, tiles.rows, args.split)
     if not world_size <= args.batch_size <= len(parts["train"]):
@@ -245,7 +270,7 @@ def open_data(args, device, world_size):
     # A set that fits goes to the GPU once, any other is read from the memory map as needed.
     if device.type == "cuda" and tiles.images.nbytes < torch.cuda.mem_get_info()[0] / 4:
         tiles = replace(tiles, images=tiles.images.to(device), masks=tiles.masks.to(device))
-    return tiles, parts
+    return tiles, parts, whole_images(args.data, tiles, parts["train"]) if args.windows else None
 
 
 def build_training(args, num_classes, device):
@@ -268,6 +293,21 @@ def build_training(args, num_classes, device):
     return model, optimizer, scaler
 
 
+@torch.no_grad()
+def update_average(average, model, step, decay):
+    """Move the average of the weights a little towards those after this step, counted from 0.
+
+    It forgets faster in the beginning, when what there is to remember is worse. BatchNorm's
+    statistics are averaged as well.
+    """
+    decay = min(decay, (step + 1) / (step + 10))
+    for mean, value in zip(average.state_dict().values(), model.state_dict().values()):
+        if mean.is_floating_point():
+            mean.lerp_(value, 1 - decay)
+        else:  # BatchNorm's count of batches
+            mean.copy_(value)
+
+
 def memory_format_for(device, bf16):
     """How maps lie in memory: as half precision likes it; in float32 on a CPU that is slower."""
     return torch.channels_last if bf16 or device.type == "cuda" else torch.contiguous_format
@@ -285,21 +325,25 @@ def open_folder(args):
     args.lock = lock_folder(args.out)  # until `args` is gone
 
 
-def resume(args, run, model, optimizer, scaler):
-    """Load last.pt into model, optimizer and scaler -> what replaces the entries of `run`.
+def resume(args, run, model, scored, optimizer, scaler):
+    """Load last.pt into model, `scored` (the same, or its average), optimizer and scaler.
 
-    Where there is none the run starts: a pretrained network then loads its encoder's weights.
+    Returns what replaces the entries of `run`. Where there is none the run starts: a pretrained
+    network then loads its encoder's weights.
     """
     checkpoint = on_rank_0(read_last, args.out / "last.pt", run, optimizer)
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
+        scored.load_state_dict(checkpoint["model"])
+        model.load_state_dict(checkpoint["trained"])
         optimizer.load_state_dict(optimizer.state_dict() | {
             "state": checkpoint["optimizer"]["state"]})
         if checkpoint["scaler"]:  # empty if it was not float16
             scaler.load_state_dict(checkpoint["scaler"])
         return {name: checkpoint[name] for name in run if name != "args"}
     if MODELS[args.model].pretrained and not args.no_pretrained:
-        return {"weights": on_rank_0(model.load_pretrained, args.weights)}
+        weights = on_rank_0(model.load_pretrained, args.weights)
+        scored.load_state_dict(model.state_dict())
+        return {"weights": weights}
     return {}
 
 
@@ -312,7 +356,8 @@ def read_last(path, run, optimizer):
         return None
     checkpoint = load_checkpoint(path, CHECKPOINT | {
         "recipe_version": int, "step": int, "losses": torch.Tensor, "seconds": [float],
-        "elapsed": float, "optimizer": {"state": {int: dict}}, "scaler": dict})
+        "elapsed": float, "trained": {str: torch.Tensor}, "optimizer": {"state": {int: dict}},
+        "scaler": dict})
     for name, value in run["args"].items():
         trained = checkpoint["args"].get(name, COMMON.get(name))  # older ones name fewer
         if trained != value and (name != "epochs" or run["args"]["schedule"] != "constant"):
@@ -328,7 +373,8 @@ def read_last(path, run, optimizer):
     if run["args"]["epochs"] * num_steps < checkpoint["step"]:
         raise ValueError(f"--epochs {run['args']['epochs']}: {path} has trained longer, "
                          f"{checkpoint['step'] / num_steps:.1f} epochs")
-    build_model(checkpoint, path)
+    for name in "model", "trained":
+        build_model(checkpoint | {"model": checkpoint[name]}, path)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = checkpoint["optimizer"]["state"]
     sound = (checkpoint["step"] // num_steps == epochs == len(checkpoint["seconds"])
@@ -355,8 +401,8 @@ def wrap(model, compiled, device, world_size):
 
 def validate(args, epoch, model, tiles, indices, loss_fn, device, rank, world_size):
     """Score the validation tiles -> a row of the log."""
-    for buffer in model.buffers() if world_size > 1 else ():
-        dist.broadcast(buffer, 0)  # on CPUs each process has its own BatchNorm statistics
+    for value in model.state_dict().values() if world_size > 1 else ():
+        dist.broadcast(value, 0)  # of BatchNorm's statistics and averages each has its own
     confusions, losses = evaluate(model, tiles, indices, loss_fn, device, args.batch_size, rank,
                                   world_size, args.bf16)
     check_finite(losses, epoch, "validation tile", args.out)
