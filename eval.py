@@ -3,6 +3,7 @@
     python eval.py runs/monuseg-unet-conv-seed0/best.pt           # one network, in detail
     python eval.py runs/*/best.pt                                 # several: the paper's Table 2
     python eval.py runs/*/best.pt --json scores.json              # the same for programs
+    python eval.py runs/*/best.pt --whole --tta                   # whole images beside tiles
     python eval.py runs/*/best.pt --figure fig.png                # tiles, as the paper's Figs. 3-5
     python eval.py runs/*/best.pt --curves curves.png             # training, as the paper's Fig. 2
 
@@ -18,12 +19,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 import related  # noqa: F401, its skips and networks join SKIPS and MODELS
-from data import fingerprint, get_batch, load, normalize, set_of, split_tiles
+from data import (cut, fingerprint, get_batch, load, normalize, set_of, split_tiles,
+                  whole_images)
 from losses import loss_for
 from models import build_model
 from plots import draw_curves, draw_figure
+from predict import predict_bands
 from report import table_2
 from utils import (LOG, autocast, first_mismatch, load_checkpoint, number, pick_device,
                    print_progress, run_cli, write_atomic)
@@ -117,15 +121,35 @@ def evaluate(model, tiles, indices, loss_fn, device, batch_size, rank=0, world_s
     return gathered
 
 
+@torch.inference_mode()
+def evaluate_whole(model, tiles, wholes, num_classes, device, tta):
+    """Predict whole images as predict.py does -> confusion matrices (n, K, K) int64, one an image.
+
+    tiles as `data.load` returns them, wholes as `data.whole_images`; `tta` averages eight views.
+    """
+    model.eval()
+    confusions = []
+    for name, whole in wholes.items():
+        image, mask = cut(tiles, whole, 0, 0, *whole.size)
+        bands = predict_bands(model, Image.fromarray(image.cpu().numpy()), num_classes, device,
+                              tta=tta)
+        probs = torch.cat([band.clone() for band in bands], dim=1)[None]
+        logits = probs - 0.5 if num_classes == 1 else probs  # the sign, or the largest, decides
+        confusions.append(confusion_matrices(logits, mask[None].to(device).long()))
+        print_progress(f"scored {len(confusions)} of {len(wholes)} images")
+    return torch.cat(confusions)
+
+
 def metrics_table(metrics, names):
     """One network's metrics as lines for people, in percent; names are the classes'."""
     def percent(value):
         return "    -" if value is None else f"{100 * value:5.2f}"
 
     lines = ["                          IoU     F1   precision  recall     pixels"]
-    for average in ("per_tile", "global"):
-        iou, f1 = metrics[average].values()
-        lines.append(f"{average.replace('_', ' '):24}{percent(iou)}  {percent(f1)}")
+    for average, title in AVERAGES.items():
+        if average in metrics:
+            iou, f1 = (metrics[average][name] for name in ("iou", "f1"))
+            lines.append(f"{title:24}{percent(iou)}  {percent(f1)}")
     for row in metrics["classes"]:
         name = names[row["label"]] if len(names) > 1 else names[0]
         lines.append(f"  {name:22}{percent(row['iou'])}  {percent(row['f1'])}       "
@@ -136,46 +160,67 @@ def metrics_table(metrics, names):
 # -----------------------------------------------------------------------------
 # The command
 
+AVERAGES = {"per_tile": "per tile", "global": "global", "per_image": "whole, per image",
+            "whole": "whole, global"}
 
-def open_data(checkpoint, path, data_root):
+
+def open_data(checkpoint, path, data_root, data=None):
     """The tiles that a network was trained on, and the split -> Tiles, {part: indices}.
 
-    `data_root` is where the training found them unless it is given. Raises ValueError for others.
+    `data_root` is where the training found them unless it is given, `data` the set that it was
+    trained on unless another of the same tiles. Raises ValueError for others.
     """
     args, root = checkpoint["args"], data_root or checkpoint.get("data_root", "data")
-    tiles = load(args["data"], root, checkpoint["num_classes"])
-    parts = split_tiles(args["data"], tiles.rows, args["split"])
+    data = data or args["data"]
+    tiles = load(data, root, checkpoint["num_classes"])
+    parts = split_tiles(data, tiles.rows, args["split"])
     if checkpoint["split"] != fingerprint(tiles.rows, parts):
-        raise ValueError(f"{path}: was trained on other tiles than {root} holds, and may have seen "
-                         "these test tiles: prepare the same images again")
+        raise ValueError(f"{path}: was trained on other tiles than {Path(root, data)} holds, and "
+                         "may have seen these test tiles: prepare the same images again")
     known = set_of(checkpoint, path)["classes"]
     if known != tiles.info["classes"]:
-        raise ValueError(f"{path}: knows the classes {', '.join(known)}, but {args['data']} was "
+        raise ValueError(f"{path}: knows the classes {', '.join(known)}, but {data} was "
                          f"prepared with {', '.join(tiles.info['classes'])}")
     return tiles, parts
 
 
-def score_checkpoint(checkpoint, path, data_root, device, batch_size):
-    """Rebuild a checkpoint's network and score its test tiles -> dict, as report.py takes it."""
+def score_checkpoint(checkpoint, path, device, options):
+    """Rebuild a checkpoint's network and score its test tiles -> dict, as report.py takes it.
+
+    `options` are the command's flags.
+    """
     args = checkpoint["args"]
-    tiles, parts = open_data(checkpoint, path, data_root)
+    tiles, parts = open_data(checkpoint, path, options.data_root, options.data)
+    if options.whole and args["split"] == "tile":
+        raise ValueError(f"{path}: was trained with --split tile and has seen parts of all images: "
+                         "--whole is for --split image or official")
+    wholes = (whole_images(options.data or args["data"], tiles, parts["test"]) if options.whole
+              else {})
     model = build_model(checkpoint, path).to(device)
     loss_fn = loss_for(checkpoint["num_classes"], args["ignore_index"])  # no score depends on it
-    confusions, _ = evaluate(model, tiles, parts["test"], loss_fn, device, batch_size)
-    return {"checkpoint": str(path), "epoch": len(checkpoint["log"]), "args": args,
-            "recipe_version": checkpoint.get("recipe_version"), "weights": checkpoint["weights"],
-            "set": tiles.info,
-            **compute_metrics(confusions, args["ignore_index"]),
-            "confusion": confusions.sum(0).tolist()}
+    confusions, _ = evaluate(model, tiles, parts["test"], loss_fn, device, options.batch_size)
+    result = {"checkpoint": str(path), "epoch": len(checkpoint["log"]), "args": args,
+              "recipe_version": checkpoint.get("recipe_version"), "weights": checkpoint["weights"],
+              "set": tiles.info, "data": options.data or args["data"],
+              **compute_metrics(confusions, args["ignore_index"]),
+              "confusion": confusions.sum(0).tolist()}
+    if wholes:
+        whole = compute_metrics(
+            evaluate_whole(model, tiles, wholes, checkpoint["num_classes"], device, options.tta),
+            args["ignore_index"])
+        result |= {"tta": options.tta, "per_image": whole["per_tile"], "whole": whole["global"],
+                   "images": dict(zip(wholes, whole["tiles"]))}
+    return result
 
 
-def figure(checkpoints, results, names, data_root):
-    """Draw test tiles, the named ones or five from the worst to the best scored -> image, number.
+def figure(checkpoints, results, options):
+    """Draw test tiles, --tiles or five from the worst to the best scored -> image, number.
 
     checkpoints: {path: checkpoint}, all of one data set and split; results of `score_checkpoint`.
     """
+    names = options.tiles
     path, checkpoint = next(iter(checkpoints.items()))
-    tiles, parts = open_data(checkpoint, path, data_root)
+    tiles, parts = open_data(checkpoint, path, options.data_root, options.data)
     test = parts["test"]
     known = ["{}/{}/{}".format(*tiles.rows[i][:3]) for i in test]
     unknown = [name for name in names or [] if name not in known]
@@ -222,6 +267,12 @@ def parse_args(argv=None):
     parser.add_argument("--tiles", nargs="+", metavar="IMAGE/ROW/COLUMN",
                         help="test tiles to draw (default: five over the range of scores)")
     parser.add_argument("--curves", metavar="PNG", help="draw the runs' training curves in one")
+    parser.add_argument("--whole", action="store_true", help="also predict the test images as "
+                        "wholes, as predict.py does, and score these")
+    parser.add_argument("--tta", action="store_true",
+                        help="with --whole: average over eight flips and turns")
+    parser.add_argument("--data", help="score on the masks of another prepared set of the same "
+                        "tiles, as monuseg and monuseg-exact are (default: as in training)")
     parser.add_argument("--data-root", help="folder of the prepared data (default: as in training)")
     parser.add_argument("--batch-size", type=number(int), default=8,
                         help="tiles at a time; no score depends on it (default: 8)")
@@ -229,6 +280,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.tiles and not args.figure:
         parser.error("--tiles is for --figure: name the picture to draw")
+    if args.tta and not args.whole:
+        parser.error("--tta is for --whole: tiles are scored as they are")
     return args
 
 
@@ -243,7 +296,7 @@ def main(args):
     logs = {str(path.parent): [read_log(path.with_name("log.csv"))]
             for path in checkpoints if args.curves}
 
-    results = [score_checkpoint(checkpoint, path, args.data_root, device, args.batch_size)
+    results = [score_checkpoint(checkpoint, path, device, args)
                for path, checkpoint in checkpoints.items()]
     if len(results) == 1:
         trained = results[0]["args"]
@@ -253,15 +306,16 @@ def main(args):
         print(metrics_table(results[0], results[0]["set"]["classes"]))
     else:
         print_progress("\n")
-        for average in "per_tile", "global":
-            print(f"\n{average.replace('_', ' ')}, percent: mean ± standard deviation over runs"
-                  f"{' (the number of the paper)' if average == 'per_tile' else ''}\n")
-            print(table_2(results, average))
+        for average, title in AVERAGES.items():
+            if average in results[0]:
+                print(f"\n{title}, percent: mean ± standard deviation over runs"
+                      f"{' (the number of the paper)' if average == 'per_tile' else ''}\n")
+                print(table_2(results, average))
     if args.json:
         with write_atomic(args.json) as file:
             file.write(json.dumps(results, indent=1).encode())
     if args.figure:
-        picture, n = figure(checkpoints, results, args.tiles, args.data_root)
+        picture, n = figure(checkpoints, results, args)
         with write_atomic(args.figure) as file:
             picture.save(file)
         print(f"{args.figure}: {n} test tiles")
