@@ -247,12 +247,13 @@ def whole_images(data, tiles, indices):
                          f"lie: remove that folder and {how_to_prepare(data)}")
     images = {}
     for i in indices.tolist():
-        images.setdefault(tiles.rows[i][0], {})[tiles.corners[i]] = i
-    for name, places in images.items():
+        images.setdefault(tiles.rows[i][0], []).append(i)
+    for name, members in images.items():
+        places = {tiles.corners[i]: i for i in members}
         tops, lefts = (sorted(set(starts)) for starts in zip(*places))
         covered = all(starts[0] == 0 and max(np.diff(starts), default=0) <= TILE
                       for starts in (tops, lefts))
-        if not covered or len(places) < len(tops) * len(lefts):
+        if not covered or not len(members) == len(places) == len(tops) * len(lefts):
             raise ValueError(f"{data}: the tiles of {name} do not make up a whole image, which "
                              "--windows and --whole need")
         images[name] = WholeImage(torch.tensor([[places[top, left] for left in lefts]

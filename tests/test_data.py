@@ -128,7 +128,8 @@ def test_tiles_csv_names_image_row_column_and_official_part(tmp_path):
                 for row in range(4) for column in range(4)]
     assert data.load("monuseg", tmp_path).rows == expected
     assert (tmp_path / "monuseg" / "tiles.csv").read_text().splitlines() == [
-        "image,row,column,official", *(",".join(map(str, row)) for row in expected)]
+        "image,row,column,official,top,left",
+        *(",".join(map(str, (*row, 224 * row[1], 224 * row[2]))) for row in expected)]
 
 
 @pytest.mark.parametrize("polygons, picture", [
