@@ -4,6 +4,7 @@
     python eval.py runs/*/best.pt                                 # several: the paper's Table 2
     python eval.py runs/*/best.pt --json scores.json              # the same for programs
     python eval.py runs/*/best.pt --whole --tta                   # whole images beside tiles
+    python eval.py runs/*/best.pt --ensemble                      # all networks as one
     python eval.py runs/*/best.pt --figure fig.png                # tiles, as the paper's Figs. 3-5
     python eval.py runs/*/best.pt --curves curves.png             # training, as the paper's Fig. 2
 
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch import nn
 
 import related  # noqa: F401, its skips and networks join SKIPS and MODELS
 from data import (cut, fingerprint, get_batch, load, normalize, set_of, split_tiles,
@@ -184,19 +186,40 @@ def open_data(checkpoint, path, data_root, data=None):
     return tiles, parts
 
 
-def score_checkpoint(checkpoint, path, device, options):
-    """Rebuild a checkpoint's network and score its test tiles -> dict, as report.py takes it.
+class Ensemble(nn.Module):
+    """Several networks of one kind as one: the mean of their logits."""
+
+    def __init__(self, models):
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        self.max_side, self.side_multiple = models[0].max_side, models[0].side_multiple
+
+    def forward(self, images):
+        return sum(model(images) for model in self.models) / len(self.models)
+
+
+def build_ensemble(checkpoints):
+    """The networks of {path: checkpoint} as one; ValueError if they differ in kind or test tiles."""
+    (first, one), *others = checkpoints.items()
+    for path, other in others:
+        if (other["args"]["model"], other["split"]) != (one["args"]["model"], one["split"]):
+            raise ValueError(f"{path}: is of another network or other tiles than {first}: an "
+                             "ensemble has one kind of both")
+    return Ensemble([build_model(checkpoint, path) for path, checkpoint in checkpoints.items()])
+
+
+def score(model, checkpoint, path, device, options):
+    """Score a network on the test tiles of its checkpoint's split -> dict, as report.py takes it.
 
     `options` are the command's flags.
     """
-    args = checkpoint["args"]
+    args, model = checkpoint["args"], model.to(device)
     tiles, parts = open_data(checkpoint, path, options.data_root, options.data)
     if options.whole and args["split"] == "tile":
         raise ValueError(f"{path}: was trained with --split tile and has seen parts of all images: "
                          "--whole is for --split image or official")
     wholes = (whole_images(options.data or args["data"], tiles, parts["test"]) if options.whole
               else {})
-    model = build_model(checkpoint, path).to(device)
     loss_fn = loss_for(checkpoint["num_classes"], args["ignore_index"])  # no score depends on it
     confusions, _ = evaluate(model, tiles, parts["test"], loss_fn, device, options.batch_size)
     result = {"checkpoint": str(path), "epoch": len(checkpoint["log"]), "args": args,
@@ -216,7 +239,7 @@ def score_checkpoint(checkpoint, path, device, options):
 def figure(checkpoints, results, options):
     """Draw test tiles, --tiles or five from the worst to the best scored -> image, number.
 
-    checkpoints: {path: checkpoint}, all of one data set and split; results of `score_checkpoint`.
+    checkpoints: {path: checkpoint}, all of one data set and split; results of `score`.
     """
     names = options.tiles
     path, checkpoint = next(iter(checkpoints.items()))
@@ -271,6 +294,8 @@ def parse_args(argv=None):
                         "wholes, as predict.py does, and score these")
     parser.add_argument("--tta", action="store_true",
                         help="with --whole: average over eight flips and turns")
+    parser.add_argument("--ensemble", action="store_true",
+                        help="score all checkpoints as one network, by the mean of their logits")
     parser.add_argument("--data", help="score on the masks of another prepared set of the same "
                         "tiles, as monuseg and monuseg-exact are (default: as in training)")
     parser.add_argument("--data-root", help="folder of the prepared data (default: as in training)")
@@ -280,6 +305,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.tiles and not args.figure:
         parser.error("--tiles is for --figure: name the picture to draw")
+    if args.ensemble and args.figure:
+        parser.error("--figure draws each network by itself: leave out --ensemble")
     if args.tta and not args.whole:
         parser.error("--tta is for --whole: tiles are scored as they are")
     return args
@@ -296,11 +323,16 @@ def main(args):
     logs = {str(path.parent): [read_log(path.with_name("log.csv"))]
             for path in checkpoints if args.curves}
 
-    results = [score_checkpoint(checkpoint, path, device, args)
-               for path, checkpoint in checkpoints.items()]
+    if args.ensemble:
+        path, checkpoint = next(iter(checkpoints.items()))
+        results = [score(build_ensemble(checkpoints), checkpoint, path, device, args)
+                   | {"ensemble": [*args.checkpoints]}]
+    else:
+        results = [score(build_model(checkpoint, path), checkpoint, path, device, args)
+                   for path, checkpoint in checkpoints.items()]
     if len(results) == 1:
         trained = results[0]["args"]
-        print_progress(f"{trained['model']}, {trained['skip']} skip, {trained['data']}: "
+        print_progress(f"{trained['model']}, {trained['skip']} skip, {results[0]['data']}: "
                        f"{len(results[0]['tiles'])} test tiles of the {trained['split']} split, "
                        "percent\n")
         print(metrics_table(results[0], results[0]["set"]["classes"]))

@@ -1,7 +1,7 @@
 """Rebuild the tables and curves of results/README.md from the scores.json that training leaves.
 
-    python report.py results/runs/*.json                     # the page as it is committed
-    python report.py runs/*/scores.json --page my_page.md    # your runs, in a page of yours
+    python report.py results/runs/*.json results/whole/*.json     # the page as it is committed
+    python report.py runs/*/scores.json --page my_page.md         # your runs, in a page of yours
 
 The words of a page are written by hand, its tables here: each stands between two comments,
 <!-- NAME --> and <!-- end -->, with NAME one of TABLES below; a page that is not there yet gets
@@ -53,14 +53,37 @@ SCORES = {"args": ARGS, "recipe_version": int, "weights": str, "log": LOG, "seco
           "epoch": int, "images": [str], "tiles": [float | None], "torch": str, "device": str,
           "processes": int, "per_tile": AVERAGE, "global": AVERAGE}
 KNOWN = {"recipe": RECIPES, "split": SPLITS, "model": MODELS, "skip": SKIPS}
+# What `eval.py --whole --json` writes, of each network.
+WHOLE = {"args": ARGS, "recipe_version": int, "weights": str, "data": str, "tta": bool,
+         "whole": AVERAGE, "images": {str: float}}
+
+
+def read_json(path):
+    """The content of a JSON file; None if it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_results(paths):
+    """Read JSON files of train.py and of eval.py -> results of runs, results of whole images."""
+    runs, wholes = [], []
+    for path in paths:
+        content = read_json(path)
+        if not isinstance(content, list):
+            runs.append(read_scores(path))
+        elif wrong := first_mismatch(content, [WHOLE]):
+            raise ValueError(f"{path}: not the scores.json of a run, nor what eval.py --whole "
+                             f"--json writes ({wrong} missing or not as it should be)")
+        else:
+            wholes += content
+    return runs, wholes
 
 
 def read_scores(path):
     """Read a scores.json -> result; ValueError if it is none."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        result = None
+    result = read_json(path)
     wrong = first_mismatch(result, SCORES)
     if not wrong:
         args = {"recipe": result["args"]["data"]} | result["args"]
@@ -78,8 +101,9 @@ def read_scores(path):
 def flags(result):
     """The flags of train.py by which a run differs from the paper's; empty where it does not."""
     args = result["args"]
-    words = [f"--{name.replace('_', '-')} {'' if value is True else value}".strip()
-             for name, value in recipe_overrides(args).items()]
+    words = ["--recipe strong"] if args.get("recipe", "").endswith(" strong") else []
+    words += [f"--{name.replace('_', '-')} {'' if value is True else value}".strip()
+              for name, value in recipe_overrides(args).items()]
     if MODELS[args["model"]].pretrained and result["weights"] == "from scratch":
         words.append("--no-pretrained")
     return " ".join(words)
@@ -229,6 +253,29 @@ def time_to_paper(results):
                      "Best validation IoU", "Whole run", "The paper's whole run"], rows)
 
 
+def whole_images(results):
+    """Dice of whole test images, mean ± standard deviation over seeds, by masks and views."""
+    def members(result):
+        return len(result.get("ensemble", [0]))
+
+    results = [result for result in results if "whole" in result]
+    scored = group_by(results, lambda result: (result["data"], 8 if result["tta"] else 1))
+    rows = []
+    for (trained, name, skip, n), group in group_by(results, lambda result: (
+            "{data}, {split}".format(**result["args"]), label(result), result["args"]["skip"],
+            members(result))).items():
+        cells = []
+        for columns in scored.values():
+            values = [100 * result["whole"]["f1"] for result in columns if result in group]
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "-")
+        seeds = len({result["args"]["seed"] for result in group})
+        rows.append([trained, name, skip, *cells,
+                     f"ensemble of {n}" if n > 1 else f"{seeds} run{'s' if seeds > 1 else ''}"])
+    return markdown(["Trained on", "Model", "Skip", *(f"{data}, {views} view{'s' if views > 1 else ''}"
+                                                      for data, views in scored), "Of"], rows)
+
+
 def training_curves(results):
     """{name of a picture: {name of a line: logs of its seeds}}, as draw_curves takes them."""
     pictures = group_by(results, lambda result: "curves-{data}-{split}-{model}.png".format(
@@ -273,6 +320,7 @@ TABLES = {
     "curves": curves,
     "recipes": lambda results: markdown(["Recipe", "What it is"], RECIPE_VERSIONS.items()),
     "commands": commands,
+    "whole images": whole_images,  # of results of eval.py --whole
 }
 
 
@@ -282,7 +330,8 @@ TABLES = {
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("scores", nargs="+", type=Path, help="scores.json of finished runs")
+    parser.add_argument("scores", nargs="+", type=Path, help="scores.json of finished runs, and "
+                        "what eval.py --whole --json wrote")
     parser.add_argument("--page", type=Path, default=Path("results/README.md"),
                         help="Markdown file whose tables are replaced (default: results/README.md)")
     return parser.parse_args(argv)
@@ -290,7 +339,7 @@ def parse_args(argv=None):
 
 def main(args):
     """Draw the curves, then write the page; ValueError if a file or the page cannot be used."""
-    results = [read_scores(path) for path in args.scores]
+    results, wholes = read_results(args.scores)
 
     def table(match):
         if match[1] not in TABLES:
@@ -298,7 +347,8 @@ def main(args):
                              f"{', '.join(TABLES)}")
         if "<!-- " in match[2]:  # words would be lost
             raise ValueError(f"{args.page}: the table {match[1]!r} lacks its <!-- end -->: add it")
-        return f"<!-- {match[1]} -->\n{TABLES[match[1]](results)}\n<!-- end -->"
+        lines = TABLES[match[1]](wholes if match[1] == "whole images" else results)
+        return f"<!-- {match[1]} -->\n{lines}\n<!-- end -->"
 
     if args.page.exists():
         words = args.page.read_text(encoding="utf-8")
@@ -311,7 +361,7 @@ def main(args):
             draw_curves(runs).save(file)
     with write_atomic(args.page) as file:
         file.write(page.encode())
-    print(f"{args.page} and its curves: {len(results)} runs")
+    print(f"{args.page} and its curves: {len(results)} runs, {len(wholes)} of whole images")
 
 
 if __name__ == "__main__":

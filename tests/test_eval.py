@@ -283,7 +283,9 @@ def test_tiles_other_than_those_of_the_training_are_refused(whole, capsys, monke
 def test_a_network_of_other_classes_or_unknown_data_is_refused(whole, tmp_path, capsys,
                                                                monkeypatch):
     path = changed(whole, tmp_path / "best.pt", num_classes=3)
-    assert f"{path}: does not say what its 3 classes are" in refused(capsys, evaluation, path)
+    assert f"{path}: its weights do not fit" in refused(capsys, evaluation, path)
+    changed(whole, path, set={})
+    assert f"{path}: does not say what its 1 classes are" in refused(capsys, evaluation, path)
     changed(whole, path, args={"data": "../secret"})
     monkeypatch.setattr(evaluation, "load", data.load)
     assert "../secret is not prepared" in refused(capsys, evaluation, path)

@@ -205,6 +205,26 @@ def test_tables_are_replaced_and_words_stay(tmp_path):
     assert report_on(tmp_path) == once
 
 
+def test_dice_of_whole_images_is_a_mean_over_seeds_by_masks_and_views(tmp_path):
+    def whole(seed, dice, **more):
+        args = RUNS[0]["args"] | {"seed": seed, "split": "official", "data": "monuseg"}
+        return {"args": args, "recipe_version": 3, "weights": "from scratch", "data": "monuseg",
+                "tta": False, "whole": {"iou": 0.5, "f1": dice}, "images": {}} | more
+
+    files = {"one": [whole(0, 0.81), whole(1, 0.83)], "two": [whole(0, 0.84, tta=True)],
+             "three": [whole(0, 0.85, data="monuseg-exact", ensemble=["a", "b"])]}
+    for name, results in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(results))
+    page = tmp_path / "page.md"
+    report.main(report.parse_args([*map(str, sorted(tmp_path.glob("*.json"))), "--page",
+                                   str(page)]))
+    table = page.read_text("utf-8").split("<!-- whole images -->\n")[1].splitlines()
+    assert table[0].split(" | ")[3:6] == ["monuseg, 1 view", "monuseg-exact, 1 view",
+                                          "monuseg, 8 views"]
+    assert table[2].split(" | ")[3:] == ["82.00 ± 1.41", "-", "84.00", "2 runs |"]
+    assert table[3].split(" | ")[3:] == ["-", "85.00", "-", "ensemble of 2 |"]
+
+
 def test_curves_are_drawn_beside_the_page_that_shows_them(tmp_path):
     page = report_on(tmp_path, words="<!-- curves -->\n<!-- end -->")
     drawn, = tmp_path.glob("*.png")

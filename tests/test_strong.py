@@ -264,6 +264,23 @@ def test_a_perfect_network_scores_one_on_whole_images(wholes, monkeypatch):
     assert len(confusions) == 6 and metrics["global"]["f1"] == 1
 
 
+def test_an_ensemble_takes_the_mean_of_the_logits(strong, root, tmp_path, capsys):
+    fit(root, tmp_path / "other", "--seed", "1", "--epochs", "1")
+    paths = [folder / "best.pt" for folder in (strong[0], tmp_path / "other")]
+    models = [evaluation.build_model(load(path), path).eval() for path in paths]
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    both = evaluation.Ensemble(models)(images)
+    torch.testing.assert_close(both, (models[0](images) + models[1](images)) / 2)
+    result, = evaluation.main(evaluation.parse_args([*map(str, paths), "--ensemble", "--whole"]))
+    alone = evaluation.main(evaluation.parse_args([*map(str, paths), "--whole"]))
+    assert result["ensemble"] == [*map(str, paths)] and len(alone) == 2
+    assert result["whole"]["iou"] not in [one["whole"]["iou"] for one in alone]
+    tiles = tmp_path / "tiles"
+    fit(root, tiles, "--windows", "0", "--split", "tile", "--epochs", "1")
+    assert "other tiles" in refused(capsys, evaluation, *paths, tiles / "best.pt", "--ensemble")
+    assert "--ensemble" in refused(capsys, evaluation, *paths, "--ensemble", "--figure", "x.png")
+
+
 def test_what_whole_images_cannot_answer_is_refused(root, tmp_path, capsys):
     for flags, said in ((["--tta"], "--tta is for --whole"),):
         assert said in refused(capsys, evaluation, "best.pt", *flags)
