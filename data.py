@@ -53,6 +53,7 @@ SETS = {
         "undetermined", "nerve", "skin_adnexa", "blood_vessel", "angioinvasion", "dcis", "other"],
         "scale": TILE / 512, "split": "tile", "recipe": "bcss512"},
 }
+SETS["monuseg-exact"] = SETS["monuseg"]  # the same tiles, their nuclei drawn by `fill_by_centres`
 INFO = {"classes": [str], "scale": float, "split": str, "recipe": str}  # its schema
 SPLITS = ("tile", "image", "official")  # see `split_tiles`
 
@@ -80,6 +81,8 @@ class Tiles:
 
 
 def how_to_prepare(data):
+    if data == "monuseg-exact":
+        return "run `python data.py prepare monuseg --raster exact --from DIR`"
     return (f"run ./prepare_data.sh {data}" if data in READERS else
             f"run `python data.py prepare {data} --from DIR`, DIR with folders images and masks")
 
@@ -554,11 +557,32 @@ def read_image(path, modes):
     return image
 
 
-def read_polygons(path, size):
+def fill_by_centres(mask, vertices):
+    """Fill a polygon in a mask image: the pixels whose centre, (x + 0.5, y + 0.5), is inside.
+
+    `vertices` is (n, 2), x and y. Inside is what the outline winds around (the non-zero rule), so
+    that going around twice makes no hole. Of centres on the outline itself, those at the left and
+    at the top are inside: of two polygons that share an edge, one gets them.
+    """
+    (x0, y0), (x1, y1) = vertices.T, np.roll(vertices, -1, axis=0).T  # edges from 0 to 1
+    top, bottom = max(0, math.floor(y0.min())), min(mask.height, math.ceil(y0.max()))
+    y = np.arange(top, bottom) + 0.5
+    row, edge = ((y0 <= y[:, None]) != (y1 <= y[:, None])).nonzero()  # which edges cross which row
+    x = x0[edge] + (y[row] - y0[edge]) * (x1 - x0)[edge] / (y1 - y0)[edge]
+    column = np.ceil(x - 0.5).clip(0, mask.width).astype(int)  # the first centre at or right of x
+    turns = np.zeros((len(y), mask.width + 1), np.int16)
+    np.add.at(turns, (row, column), np.where(y0 < y1, 1, -1)[edge])
+    inside = turns.cumsum(axis=1)[:, :-1] != 0
+    mask.paste(1, (0, top), Image.fromarray(inside.astype(np.uint8) * 255))
+
+
+def read_polygons(path, size, raster="paper"):
     """Rasterise MoNuSeg's XML: the union of all its filled polygons -> mask image, 0 or 1.
 
     `size` is (width, height) in pixels. Vertices just outside are clipped, as nuclei at the border
-    have them. Raises ValueError if the file is broken or none of a polygon lies in the image.
+    have them. Pillow fills the pixels of the outline, too, as the paper's code does; the raster
+    "exact" is that of `fill_by_centres`. Raises ValueError if the file is broken or none of a
+    polygon lies in the image.
     """
     check_is_file(path)
     text = path.read_bytes()
@@ -583,7 +607,10 @@ def read_polygons(path, size):
                 and np.abs(vertices).max() < 10 * max(size)):
             raise ValueError(f"{path}: region {region} lies outside its {size[0]} x {size[1]} "
                              "image: the annotation is of another image or scale")
-        draw.polygon([tuple(vertex) for vertex in vertices], fill=1, outline=1)
+        if raster == "exact":
+            fill_by_centres(mask, vertices)
+        else:
+            draw.polygon([tuple(vertex) for vertex in vertices], fill=1, outline=1)
     return mask
 
 
@@ -597,14 +624,14 @@ def read_mask(path):
     return Image.fromarray((mask > 0).astype(np.uint8))
 
 
-def read_monuseg(image_path, mask_path):
+def read_monuseg(image_path, mask_path, raster="paper"):
     """One MoNuSeg image and its annotation -> 16 tiles: 1000 -> 896 -> 4 x 4 x 224 (paper 2.3)."""
     image = read_image(image_path, ("RGB",))
     if image.size != (1000, 1000):
         raise ValueError(f"{image_path}: {image.width} x {image.height} pixels, but every MoNuSeg "
                          "image is 1000 x 1000: fetch it again")
     if mask_path.suffix.lower() == ".xml":
-        mask = read_polygons(mask_path, image.size)
+        mask = read_polygons(mask_path, image.size, raster)
     else:
         mask = read_mask(mask_path)
         check_size(image_path, image, mask_path, mask)
@@ -723,7 +750,7 @@ def index_by_stem(paths):
     return named
 
 
-def find_monuseg(folders, later_images=False):
+def find_monuseg(folders, later_images=False, raster="paper"):
     """List MoNuSeg's official layout: *.tif, each with an *.xml or a mask *.png of its name."""
     images = index_by_stem(find_files(folders, {".tif", ".tiff"}))
     if not images:
@@ -736,6 +763,9 @@ def find_monuseg(folders, later_images=False):
               f"them): {' '.join(later)}")
         for name in later:
             images.pop(name), masks.pop(name, None)
+    pictures = sum(path.suffix.lower() == ".png" for path in masks.values())
+    if raster == "exact" and pictures:
+        print(f"{pictures} images have only a mask picture, whose raster stays as it is")
     return [(image, mask, [(image.stem, row, column, "test" if image.stem in MONUSEG_TEST
                             else "train", TILE * row, TILE * column)
                            for row in range(4) for column in range(4)])
@@ -830,6 +860,7 @@ def own_classes(masks, names):
 
 READERS = {
     "monuseg": (find_monuseg, read_monuseg),
+    "monuseg-exact": (partial(find_monuseg, raster="exact"), partial(read_monuseg, raster="exact")),
     "bcss": (partial(find_bcss, suffix=""), partial(read_bcss, size=224, num_classes=3)),
     "bcss512": (partial(find_bcss, suffix="_512"), partial(read_bcss, size=512, num_classes=22)),
 }
@@ -932,12 +963,16 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Prepare data sets, look at augmented tiles.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("prepare", help="raw files -> memory-mapped tiles")
-    command.add_argument("data", help=f"data set: {', '.join(READERS)}, or a name of your own")
+    command.add_argument("data", help="data set: monuseg, bcss, bcss512, or a name of your own")
     command.add_argument("--from", dest="folders", nargs="+", required=True, metavar="DIR",
                          help="folders of the raw files; of an own set the one with images and "
                               "masks, or with these in train, val and test")
     command.add_argument("--later-images", action="store_true",
                          help="keep the seven MoNuSeg images that the paper did not have")
+    command.add_argument("--raster", choices=("paper", "exact"),
+                         help="of MoNuSeg's polygons: paper fills the pixels of the outline, too "
+                              "(default); exact fills those whose centre is inside, and prepares "
+                              "the set monuseg-exact")
     command.add_argument("--classes", nargs="+", metavar="NAME", help="of an own set, the names of "
                          "its labels 0, 1, ..., or of the one class (default: as the masks say)")
     command.add_argument("--scale", type=number(float, most=100),
@@ -950,8 +985,10 @@ def parse_args(argv=None):
     command.add_argument("--data-root", default="data", help="folder of the prepared data")
     args = parser.parse_args(argv)
     if args.command == "prepare":
-        if args.later_images and args.data != "monuseg":
-            parser.error("--later-images is MoNuSeg's")
+        if args.data == "monuseg-exact":
+            parser.error(f"to prepare {args.data}, {how_to_prepare(args.data)}")
+        if (args.later_images or args.raster) and args.data != "monuseg":
+            parser.error("--later-images and --raster are MoNuSeg's")
         if (args.classes or args.scale) and args.data in SETS:
             parser.error(f"--classes and --scale are for own sets: those of {args.data} are fixed")
         if args.data == "synthetic" or not re.fullmatch(r"\w[\w-]*", args.data):
@@ -970,7 +1007,8 @@ def main(args):
                                                ("names", args.classes), ("scale", args.scale))
                if value}
     try:
-        prepare(args.data, args.folders, args.data_root, **options)
+        prepare("monuseg-exact" if args.raster == "exact" else args.data, args.folders,
+                args.data_root, **options)
     except OSError as error:
         if error.errno is None:  # one of ours, it says what to do
             raise

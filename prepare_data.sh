@@ -112,6 +112,7 @@ case $name in
       "${SWIN_SHA256:-9f71c168d837d1b99dd1dc29e14990a7a9e8bdc5f673d46b04fe36fe15590ad3}" \
       "$root/weights/swin_tiny_patch4_window7_224.pth"
     exit ;;
+  monuseg-exact) die "monuseg-exact is prepared by ./prepare_data.sh monuseg --raster exact" ;;
   *) die "no data set is called '$name': it is monuseg, bcss, bcss512 or weights; for images of" \
        "your own run python data.py prepare $name --from DIR" ;;
 esac

@@ -131,9 +131,10 @@ def test_one_class_takes_bce_more_take_cross_entropy_and_dice():
 @pytest.mark.parametrize("data", SETS)
 @pytest.mark.parametrize("model", [*MODELS, "your_own"])
 def test_every_data_set_has_a_recipe_for_every_network(data, model):
-    recipe = recipe_for(data, model)
-    assert all(recipe[name] > 0 for name in ("epochs", "batch_size", "lr", "width"))
-    assert recipe["lr"] == RECIPES[data].get(model, RECIPES[data])["lr"]
+    name = SETS[data]["recipe"]
+    recipe = recipe_for(name, model)
+    assert all(recipe[flag] > 0 for flag in ("epochs", "batch_size", "lr", "width"))
+    assert recipe["lr"] == RECIPES[name].get(model, RECIPES[name])["lr"]
 
 
 @pytest.mark.parametrize("changed", [{}, {"lr": 2e-3}, {"epochs": 5, "width": 16},

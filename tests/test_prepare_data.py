@@ -233,8 +233,10 @@ def test_from_folders_are_used_in_place_from_anywhere(place):
     shutil.unpack_archive(place.test, place.far / "more")
     ran = place.run("monuseg", "--from", "my files", cwd=place.mine.parent)
     assert ran["argv"] == ["prepare", "monuseg", "--from", str(place.mine)]
-    ran = place.run("monuseg", "--from", ".", "../far/more", "--later-images", cwd=place.mine)
-    assert ran["argv"][-1] == "--later-images" and ran["files"] == ["a.tif", "b.tif"]
+    ran = place.run("monuseg", "--raster", "exact", "--from", ".", "../far/more", "--later-images",
+                    cwd=place.mine)
+    assert ran["argv"][-3:] == ["--raster", "exact", "--later-images"]
+    assert ran["files"] == ["a.tif", "b.tif"]
     assert not place.raw.exists()
 
 
@@ -280,7 +282,8 @@ def test_half_unpacked_folder_is_not_taken_for_a_whole_one(place):
 @pytest.mark.parametrize("words, said", [
     (["monuseg", "--from", "no where"], "no where"), (["monuseg", "--from"], "--from needs"),
     (["monuseg", "--from", "."], "no *.tif"), (["monuseg", "--from=x"], "without the ="),
-    (["weights", "--from", "x"], "weights takes no --from"), (["mnist"], "'mnist'")])
+    (["weights", "--from", "x"], "weights takes no --from"), (["mnist"], "'mnist'"),
+    (["monuseg-exact"], "./prepare_data.sh monuseg --raster exact")])
 def test_a_wrong_command_line_gets_one_sentence(place, words, said):
     assert said in place.run(*words, cwd=place.mine, status=2)
 
