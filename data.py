@@ -228,16 +228,16 @@ def fingerprint(rows, parts):
 
 @dataclass
 class WholeImage:
-    """grid (R, C): indices of the tiles; tops (R,), lefts (C,): their first pixels, ascending."""
+    """grid (R, C): indices of the tiles; tops, lefts: R and C first pixels of theirs, ascending."""
 
     grid: torch.Tensor
-    tops: torch.Tensor
-    lefts: torch.Tensor
+    tops: list
+    lefts: list
 
     @property
     def size(self):
         """Height and width in pixels."""
-        return self.tops[-1].item() + TILE, self.lefts[-1].item() + TILE
+        return self.tops[-1] + TILE, self.lefts[-1] + TILE
 
 
 def whole_images(data, tiles, indices):
@@ -259,8 +259,8 @@ def whole_images(data, tiles, indices):
         if not covered or not len(members) == len(places) == len(tops) * len(lefts):
             raise ValueError(f"{data}: the tiles of {name} do not make up a whole image, which "
                              "--windows and --whole need")
-        images[name] = WholeImage(torch.tensor([[places[top, left] for left in lefts]
-                                                for top in tops]), *map(torch.tensor, (tops, lefts)))
+        grid = torch.tensor([[places[top, left] for left in lefts] for top in tops])
+        images[name] = WholeImage(grid, tops, lefts)
     return images
 
 
@@ -272,6 +272,7 @@ def cut(tiles, whole, top, left, height, width):
     def look_up(start, length, starts, size):  # -> which row or column of tiles, and where in it
         positions = torch.arange(start, start + length) % (2 * size)
         positions = torch.minimum(positions, 2 * size - 1 - positions)
+        starts = torch.tensor(starts)
         which = torch.searchsorted(starts, positions, right=True) - 1
         return which, positions - starts[which]
 

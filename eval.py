@@ -199,7 +199,7 @@ class Ensemble(nn.Module):
 
 
 def build_ensemble(checkpoints):
-    """The networks of {path: checkpoint} as one; ValueError if they differ in kind or test tiles."""
+    """The networks of {path: checkpoint} as one; ValueError if kind or test tiles differ."""
     (first, one), *others = checkpoints.items()
     for path, other in others:
         if (other["args"]["model"], other["split"]) != (one["args"]["model"], one["split"]):

@@ -272,8 +272,8 @@ def whole_images(results):
         seeds = len({result["args"]["seed"] for result in group})
         rows.append([trained, name, skip, *cells,
                      f"ensemble of {n}" if n > 1 else f"{seeds} run{'s' if seeds > 1 else ''}"])
-    return markdown(["Trained on", "Model", "Skip", *(f"{data}, {views} view{'s' if views > 1 else ''}"
-                                                      for data, views in scored), "Of"], rows)
+    columns = [f"{data}, {views} view{'s' if views > 1 else ''}" for data, views in scored]
+    return markdown(["Trained on", "Model", "Skip", *columns, "Of"], rows)
 
 
 def training_curves(results):

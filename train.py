@@ -175,10 +175,7 @@ def main(args):
         leave_processes()
         return metrics["per_tile"]["iou"]
     model = wrap(raw_model, args.compile, device, world_size)
-    print(f"{args.model}, {args.skip} skip, {sum(p.numel() for p in raw_model.parameters()):,} "
-          f"parameters, {run['weights']}, on {device.type}")
-    sizes = ", ".join(f"{len(indices)} {part}" for part, indices in parts.items())
-    print(f"{args.data}: {sizes} tiles; writing {args.out}")
+    print_start(args, raw_model, run["weights"], parts, device)
 
     def save(name, **more):
         if rank == 0:
@@ -251,6 +248,13 @@ def main(args):
     metrics = test(args, run, tiles, parts["test"], loss_fn, device, rank, world_size)
     leave_processes()
     return metrics["per_tile"]["iou"]
+
+
+def print_start(args, model, weights, parts, device):
+    print(f"{args.model}, {args.skip} skip, {sum(p.numel() for p in model.parameters()):,} "
+          f"parameters, {weights}, on {device.type}")
+    sizes = ", ".join(f"{len(indices)} {part}" for part, indices in parts.items())
+    print(f"{args.data}: {sizes} tiles; writing {args.out}")
 
 
 def open_data(args, device, world_size):

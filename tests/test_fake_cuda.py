@@ -26,8 +26,9 @@ def no_card(monkeypatch):
 
 
 def tiles(device="cpu"):
-    return data.Tiles(torch.zeros(4, 224, 224, 3, dtype=torch.uint8, device=device),
-                      torch.zeros(4, 224, 224, dtype=torch.uint8, device=device), [], {})
+    images, masks = (torch.zeros(4, 224, 224, *channels, dtype=torch.uint8, device=device)
+                     for channels in ((3,), ()))
+    return data.Tiles(images, masks, [("a", 0, 0, "train")] * 4, {})
 
 
 class OnCuda(torch.nn.Module):
@@ -58,6 +59,18 @@ def test_a_batch_is_augmented_where_it_is_trained(where):
         assert not any(map(on_cuda, draws.values()))
         images, masks = data.augment(*data.to_batch(stored, "cuda"), draws)
         assert on_cuda(images, masks, data.normalize(images))
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_windows_are_cut_where_the_set_lies_and_stained_where_they_are_trained(where):
+    whole = data.WholeImage(torch.arange(4).view(2, 2), [0, 224], [0, 100])
+    indices, places = torch.tensor([3, 1]), torch.rand(2, 2)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        stored = data.read_windows(tiles(where), {"a": whole}, indices, places, 0.25, "cuda")
+        assert [array.device.type for array in stored] == [where, where]
+        draws = data.draw_augmentation(2, torch.Generator(), windows=0.25, stain=0.25)
+        images, masks = data.augment(*data.to_batch(stored, "cuda"), draws)
+        assert on_cuda(images, masks) and images.shape == (2, 3, 224, 224)
 
 
 @pytest.mark.parametrize("num_classes", [1, 3])
