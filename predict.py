@@ -22,10 +22,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import related  # noqa: F401, its skips and networks join SKIPS and MODELS
-from data import (SUFFIXES, TILE, find_files, index_by_stem, normalize, read_image,
-                  scaled_size, set_of)
+from data import normalize, set_of
 from models import build_model
 from plots import GREEN, PALETTE, outline
+from raw import SUFFIXES, TILE, find_files, index_by_stem, read_image, scaled_size
 from utils import (autocast, first_line, is_out_of_memory, load_checkpoint, number, pick_device,
                    print_progress, run_cli, write_atomic)
 

@@ -19,6 +19,7 @@ from PIL import Image
 import data
 import train
 from conftest import ROOT, refused
+from raw import READERS
 
 SIZE = {"bcss": 224, "bcss512": 512}
 
@@ -219,9 +220,9 @@ def test_interrupted_preparation_goes_on(raw, tmp_path, monkeypatch):
         if image.stem == "280":
             raise KeyboardInterrupt
         return read(image, mask)
-    find, read = data.READERS["bcss"]
+    find, read = READERS["bcss"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setitem(data.READERS, "bcss", (find, interrupted))
+        patch.setitem(READERS, "bcss", (find, interrupted))
         prepare("bcss", raw, tmp_path)
     (raw / "train" / "000.png").write_bytes(b"would be refused")
     prepare("bcss", raw, tmp_path)
@@ -261,8 +262,8 @@ def test_a_second_preparation_at_the_same_time_is_refused(tmp_path, monkeypatch,
         if image.parent.name == "val":
             second.append(script("data.py", "prepare", "bcss", "--from", "raw", "--data-root", "."))
         return read(image, mask)
-    second, (find, read) = [], data.READERS["bcss"]
-    monkeypatch.setitem(data.READERS, "bcss", (find, read_meanwhile))
+    second, (find, read) = [], READERS["bcss"]
+    monkeypatch.setitem(READERS, "bcss", (find, read_meanwhile))
     assert len(prepare("bcss", write_many(tmp_path / "raw", 3), tmp_path).rows) == 4
     assert second[0].returncode == 2 and len(second[0].stderr.splitlines()) == 1
     assert "bcss.partial: another process is writing there" in second[0].stderr

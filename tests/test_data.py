@@ -25,9 +25,10 @@ from PIL import Image
 import data
 import synthetic as synthetic_tissue
 import plots
+from raw import MONUSEG_LATER, MONUSEG_TEST, READERS, read_monuseg, read_polygons
 
 SQUARE = [(100, 100), (400, 100), (400, 300), (100, 300)]
-LATER = data.MONUSEG_LATER[1]
+LATER = MONUSEG_LATER[1]
 
 
 def noise(*shape, high=256):
@@ -90,7 +91,7 @@ def test_704_tiles_from_44_images_in_under_a_minute(real):
     assert len(set(tiles.rows)) == 704 and seconds < 60
     parts = dict((row[0], row[3]) for row in tiles.rows)
     assert Counter(parts.values()) == {"train": 30, "test": 14}
-    assert {name for name in parts if parts[name] == "test"} == set(data.MONUSEG_TEST)
+    assert {name for name in parts if parts[name] == "test"} == set(MONUSEG_TEST)
     sizes = {part: len(indices) for part, indices in
              data.split_tiles("monuseg", tiles.rows, "tile").items()}
     assert sizes == {"train": 493, "val": 141, "test": 70}
@@ -122,7 +123,7 @@ def test_tiles_reassemble_to_the_resized_image(tmp_path):
 
 
 def test_tiles_csv_names_image_row_column_and_official_part(tmp_path):
-    test = data.MONUSEG_TEST[0]
+    test = MONUSEG_TEST[0]
     prepare(write_raw(tmp_path / "raw", "a", test), tmp_path)
     expected = [(name, row, column, part) for name, part in ((test, "test"), ("a", "train"))
                 for row in range(4) for column in range(4)]
@@ -144,7 +145,7 @@ def test_tiles_csv_names_image_row_column_and_official_part(tmp_path):
 ])
 def test_polygon_raster_matches_reference_mask(tmp_path, polygons, picture):
     (tmp_path / "a.xml").write_text(xml(*polygons))
-    mask = np.asarray(data.read_polygons(tmp_path / "a.xml", (8, 6)))
+    mask = np.asarray(read_polygons(tmp_path / "a.xml", (8, 6)))
     assert ["".join(".#"[value] for value in line) for line in mask] == picture.split()
 
 
@@ -153,14 +154,14 @@ def test_polygon_raster_matches_reference_mask(tmp_path, polygons, picture):
 def test_png_of_any_mode_equals_its_xml(tmp_path, mode, high):
     write_raw(tmp_path, "a")
     (tmp_path / "a.xml").write_text(xml(SQUARE, [(350.5, 250), (990, 260.2), (600, 1003)]))
-    mask = data.read_polygons(tmp_path / "a.xml", (1000, 1000))
+    mask = read_polygons(tmp_path / "a.xml", (1000, 1000))
     if mode == "red palette":
         mask.putpalette([0, 0, 0, high, 0, 0])  # turns it into mode P
     else:
         mask = mask.point(lambda value: value * (255 if mode == "1" else high)).convert(mode)
     assert mask.mode == ("P" if "palette" in mode else mode)
     mask.save(tmp_path / "a.png")
-    (images, masks), expected = (data.read_monuseg(tmp_path / "a.tif", tmp_path / f"a.{suffix}")
+    (images, masks), expected = (read_monuseg(tmp_path / "a.tif", tmp_path / f"a.{suffix}")
                                  for suffix in ("png", "xml"))
     assert (images == expected[0]).all() and (masks == expected[1]).all()
     assert masks.shape == (16, 224, 224) and set(np.unique(masks)) == {0, 1}
@@ -194,7 +195,7 @@ def test_later_images_are_left_out_aloud_unless_asked_for(tmp_path, capsys, flag
 
 def test_two_point_polygons_are_left_out_aloud(tmp_path, capsys):
     (tmp_path / "slip.xml").write_text(xml([(1, 1), (3, 3)], [(2, 2), (4, 2), (4, 4)]))
-    mask = np.asarray(data.read_polygons(tmp_path / "slip.xml", (8, 6)))
+    mask = np.asarray(read_polygons(tmp_path / "slip.xml", (8, 6)))
     assert re.search(r"slip\.xml.*region 1\b", capsys.readouterr().out)
     assert mask.sum() == 6 and mask[2, 2] and not mask[1, 1]
 
@@ -222,7 +223,7 @@ def test_preparing_twice_does_nothing_and_says_so(tmp_path, capsys):
                                            ((1, 224, 224, 3), (2, 224, 224))])
 def test_a_reader_of_another_number_of_tiles_than_listed_is_refused(tmp_path, monkeypatch, images,
                                                                     masks):
-    monkeypatch.setitem(data.READERS, "own", (
+    monkeypatch.setitem(READERS, "own", (
         lambda folders: [("one.png", "mask.png", [("one", 0, 0, "train")])],
         lambda image, mask: (noise(*images), noise(*masks))))
     monkeypatch.setitem(data.SETS, "own", data.SETS["monuseg"])
@@ -241,8 +242,8 @@ def test_raw_files_in_the_place_of_the_tiles_do_not_pass_for_prepared(tmp_path, 
 # -----------------------------------------------------------------------------
 # Splits, on rows without images
 
-ROWS = [(name, row, column, "test" if name in data.MONUSEG_TEST else "train")
-        for name in [f"TCGA-made-up-{i:02}" for i in range(30)] + data.MONUSEG_TEST
+ROWS = [(name, row, column, "test" if name in MONUSEG_TEST else "train")
+        for name in [f"TCGA-made-up-{i:02}" for i in range(30)] + MONUSEG_TEST
         for row in range(4) for column in range(4)]
 
 
@@ -264,7 +265,7 @@ def test_split_sizes_and_image_split_shares_no_image(how, tiles, images):
     if images:  # 44 in all: none is counted twice
         assert [len(part) for part in names.values()] == images
     if how == "official":
-        assert names["test"] == set(data.MONUSEG_TEST)
+        assert names["test"] == set(MONUSEG_TEST)
 
 
 @pytest.mark.parametrize("how, digest", [

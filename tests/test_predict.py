@@ -19,6 +19,7 @@ import data
 import predict
 from models import MODELS, UNet, create_model
 from plots import PALETTE, outline
+from raw import READERS
 
 
 class Stub(nn.Module):
@@ -173,7 +174,7 @@ def test_network_sees_exactly_what_it_saw_in_training(use, tmp_path, name, side)
     image, mask = tmp_path / "image.png", tmp_path / "mask.png"
     noise(side, side).save(image)
     Image.new("L", (side, side)).save(mask)
-    tiles, masks = map(torch.tensor, data.READERS[name][1](image, mask))
+    tiles, masks = map(torch.tensor, READERS[name][1](image, mask))
     tiles, masks = tiles.view(-1, 224, 224, 3), masks.view(-1, 224, 224)
     expected = list(data.normalize(data.to_batch((tiles, masks), "cpu")[0]))
 

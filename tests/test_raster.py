@@ -9,13 +9,14 @@ from PIL import Image
 from test_data import LATER, ROWS, content, write_raw, xml
 
 import data
+from raw import MONUSEG_TEST, fill_by_centres, read_polygons
 
 EXACT = "run `python data.py prepare monuseg --raster exact --from DIR`"
 
 
 def draw(folder, *polygons, raster="exact", size=(8, 6)):
     (folder / "a.xml").write_text(xml(*polygons))
-    return np.asarray(data.read_polygons(folder / "a.xml", size, raster))
+    return np.asarray(read_polygons(folder / "a.xml", size, raster))
 
 
 def winding(vertices, x, y):
@@ -83,8 +84,8 @@ def test_two_points_and_polygons_outside_are_treated_alike(tmp_path, capsys):
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_real_masks_are_smaller_than_the_papers_by_their_outlines(shared, part):
     paths = [path for path in sorted((shared / "monuseg").rglob("*.xml"))
-             if (path.stem in data.MONUSEG_TEST) == (part == "test")][::4]
-    exact, paper = (np.stack([data.read_polygons(path, (1000, 1000), raster) for path in paths])
+             if (path.stem in MONUSEG_TEST) == (part == "test")][::4]
+    exact, paper = (np.stack([read_polygons(path, (1000, 1000), raster) for path in paths])
                     for raster in ("exact", "paper"))
     both = (exact & paper).sum()
     assert 0.93 < 2 * both / (exact.sum() + paper.sum()) < 0.96
@@ -96,7 +97,7 @@ def test_real_polygons_match_their_winding_numbers(shared):
     for text in re.findall(r"<Region .*?</Region>", path.read_text(), re.DOTALL)[::60]:
         polygon = [(float(x), float(y)) for x, y in re.findall(r'X="(.+?)" Y="(.+?)"', text)]
         mask = Image.new("L", (1000, 1000))
-        data.fill_by_centres(mask, np.array(polygon))
+        fill_by_centres(mask, np.array(polygon))
         left, top, right, bottom = box = mask.getbbox()
         expected = [[winding(polygon, x + 0.5, y + 0.5) != 0 for x in range(left - 2, right + 2)]
                     for y in range(top - 2, bottom + 2)]
@@ -108,7 +109,7 @@ def test_real_polygons_match_their_winding_numbers(shared):
 
 
 def test_both_rasters_stand_side_by_side_and_differ_in_the_masks_alone(tmp_path):
-    write_raw(tmp_path / "raw", "a", data.MONUSEG_TEST[0])
+    write_raw(tmp_path / "raw", "a", MONUSEG_TEST[0])
     prepare(tmp_path, "--raster", "paper")
     paper = content(tmp_path / "monuseg")
     prepare(tmp_path, "--raster", "exact")

@@ -1,0 +1,478 @@
+"""Raw files to tiles (paper 2.3): what is known of each data set, reading, finding, preparing.
+
+`python data.py prepare` is the command. Whatever is wrong with a raw file is a ValueError that
+names it.
+"""
+
+import csv
+import hashlib
+import json
+import math
+import os
+import re
+import struct
+import time
+import warnings
+import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps
+
+from plots import PALETTE
+from utils import lock_folder, print_progress, write_atomic
+
+warnings.filterwarnings("ignore", module="PIL")  # of damaged files, what we say is enough
+TILE = 224  # pixels, the side of a tile
+
+# What is known of a set. `classes` names its labels: one class means a foreground against a
+# background, which takes one logit and BCE; several take a logit each. `scale` is the factor by
+# which raw images are resized before they are cut, `split` the default of --split, and `recipe` a
+# row of RECIPES in losses.py.
+SETS = {
+    "synthetic": {"classes": ["nucleus"], "scale": 1.0, "split": "tile", "recipe": "synthetic"},
+    "monuseg": {"classes": ["nucleus"], "scale": 4 * TILE / 1000, "split": "tile",
+                "recipe": "monuseg"},
+    "bcss": {"classes": ["outside", "tumor", "stroma"], "scale": 1.0, "split": "tile",
+             "recipe": "bcss"},
+    "bcss512": {"classes": [
+        "outside_roi", "tumor", "stroma", "lymphocytic_infiltrate", "necrosis_or_debris",
+        "glandular_secretions", "blood", "exclude", "metaplasia_NOS", "fat", "plasma_cells",
+        "other_immune_infiltrate", "mucoid_material", "normal_acinus_or_duct", "lymphatics",
+        "undetermined", "nerve", "skin_adnexa", "blood_vessel", "angioinvasion", "dcis", "other"],
+        "scale": TILE / 512, "split": "tile", "recipe": "bcss512"},
+}
+SETS["monuseg-exact"] = SETS["monuseg"]  # the same tiles, their nuclei drawn by `fill_by_centres`
+
+# -----------------------------------------------------------------------------
+# A prepared set is a folder with images.npy (n, 224, 224, 3) and masks.npy (n, 224, 224), both
+# uint8, tiles.csv, one line per tile: source image, row, column, the part of the official split
+# that it belongs to, and where in the image its corner lies, and set.json, what is known of the
+# set. The arrays are memory-mapped, so that a batch is one indexing operation and no loader is
+# needed.
+
+ARRAYS = {"images": (TILE, TILE, 3), "masks": (TILE, TILE)}  # shape of a tile in each
+
+# -----------------------------------------------------------------------------
+# Reading raw files
+
+FORMATS = ("TIFF", "PNG", "JPEG", "BMP", "WEBP")  # the only ones that Pillow may try
+SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
+
+# The paper's 44 MoNuSeg images are 30 for training and these 14 of the challenge's test set.
+MONUSEG_TEST = """TCGA-2Z-A9J9-01A-01-TS1 TCGA-44-2665-01B-06-BS6 TCGA-69-7764-01A-01-TS1
+    TCGA-A6-6782-01A-01-BS1 TCGA-AC-A2FO-01A-01-TS1 TCGA-AO-A0J2-01A-01-BSA TCGA-CU-A0YN-01A-02-BSB
+    TCGA-EJ-A46H-01A-03-TSC TCGA-FG-A4MU-01B-01-TS1 TCGA-GL-6846-01A-01-BS1 TCGA-HC-7209-01A-01-TS1
+    TCGA-HT-8564-01Z-00-DX1 TCGA-IZ-8196-01A-01-BS1 TCGA-ZF-A9R5-01A-01-TS1""".split()
+# Later training archives hold seven more, which the paper did not have.
+MONUSEG_LATER = """TCGA-BC-A217-01Z-00-DX1 TCGA-F9-A8NY-01Z-00-DX1 TCGA-FG-A87N-01Z-00-DX1
+    TCGA-MH-A561-01Z-00-DX1 TCGA-UZ-A9PJ-01Z-00-DX1 TCGA-UZ-A9PN-01Z-00-DX1
+    TCGA-XS-A8TJ-01Z-00-DX1""".split()
+
+
+def read_image(path, modes):
+    """Read an image file whose Pillow mode is in `modes`; ValueError if it cannot be used."""
+    check_is_file(path)
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            image.load()
+            depths = getattr(image, "tag_v2", {}).get(258, (8,))  # of a TIFF, bits per sample
+            ImageOps.exif_transpose(image, in_place=True)  # as viewers show it
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError,
+            MemoryError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's: the file may be sound
+            raise OSError(f"{path}: cannot be opened ({error.strerror})") from None
+        raise ValueError(f"{path}: not a readable image ({error or 'out of memory'}): fetch it "
+                         "again") from None
+    if image.mode not in modes:
+        raise ValueError(f"{path}: Pillow mode {image.mode}, not {' or '.join(modes)}: "
+                         "convert it, or export it again as 8-bit")
+    if image.mode == "RGB" and max(depths) > 8:
+        raise ValueError(f"{path}: {max(depths)} bits a channel, of which Pillow keeps the upper 8 "
+                         "alone: export it again as 8-bit")
+    return image
+
+
+def fill_by_centres(mask, vertices):
+    """Fill a polygon in a mask image: the pixels whose centre, (x + 0.5, y + 0.5), is inside.
+
+    `vertices` is (n, 2), x and y. Inside is what the outline winds around (the non-zero rule), so
+    that going around twice makes no hole. Of centres on the outline itself, those at the left and
+    at the top are inside: of two polygons that share an edge, one gets them.
+    """
+    (x0, y0), (x1, y1) = vertices.T, np.roll(vertices, -1, axis=0).T  # edges from 0 to 1
+    top, bottom = max(0, math.floor(y0.min())), min(mask.height, math.ceil(y0.max()))
+    y = np.arange(top, bottom) + 0.5
+    row, edge = ((y0 <= y[:, None]) != (y1 <= y[:, None])).nonzero()  # which edges cross which row
+    x = x0[edge] + (y[row] - y0[edge]) * (x1 - x0)[edge] / (y1 - y0)[edge]
+    column = np.ceil(x - 0.5).clip(0, mask.width).astype(int)  # the first centre at or right of x
+    turns = np.zeros((len(y), mask.width + 1), np.int16)
+    np.add.at(turns, (row, column), np.where(y0 < y1, 1, -1)[edge])
+    inside = turns.cumsum(axis=1)[:, :-1] != 0
+    mask.paste(1, (0, top), Image.fromarray(inside.astype(np.uint8) * 255))
+
+
+def read_polygons(path, size, raster="paper"):
+    """Rasterise MoNuSeg's XML: the union of all its filled polygons -> mask image, 0 or 1.
+
+    `size` is (width, height) in pixels. Vertices just outside are clipped, as nuclei at the border
+    have them. Pillow fills the pixels of the outline, too, as the paper's code does; the raster
+    "exact" is that of `fill_by_centres`. Raises ValueError if the file is broken or none of a
+    polygon lies in the image.
+    """
+    check_is_file(path)
+    text = path.read_bytes()
+    if b"<!DOCTYPE" in text or b"<!ENTITY" in text:
+        raise ValueError(f"{path}: declares entities, which no annotation does: fetch it again")
+    try:
+        regions = [np.array([(v.attrib["X"], v.attrib["Y"]) for v in region.iter("Vertex")], float)
+                   for region in ET.fromstring(text).iter("Region")]
+    except (ET.ParseError, LookupError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable annotation ({error}): fetch it again") from None
+    if not regions:
+        raise ValueError(f"{path}: holds no Region: fetch it again")
+    mask = Image.new("L", size)
+    draw = ImageDraw.Draw(mask)
+    for region, vertices in enumerate(regions, 1):
+        if len(vertices) < 3:  # two of the 44 images have such a slip of the mouse
+            print_progress(f"{path.name}: left out region {region}, {len(vertices)} points enclose "
+                           "nothing\n")
+            continue
+        low, high = vertices.min(axis=0), vertices.max(axis=0)
+        if not (np.isfinite(vertices).all() and (high >= 0).all() and (low < size).all()
+                and np.abs(vertices).max() < 10 * max(size)):
+            raise ValueError(f"{path}: region {region} lies outside its {size[0]} x {size[1]} "
+                             "image: the annotation is of another image or scale")
+        if raster == "exact":
+            fill_by_centres(mask, vertices)
+        else:
+            draw.polygon([tuple(vertex) for vertex in vertices], fill=1, outline=1)
+    return mask
+
+
+def read_mask(path):
+    """Read a nucleus mask stored as a picture (0/1 or 0/255, any 8-bit mode) -> mask, 0 or 1."""
+    mask = np.asarray(read_image(path, ("L", "LA", "P", "1", "RGB")).convert("RGB")).max(axis=2)
+    values = np.unique(mask)
+    if len(values) > 2 or (len(values) == 2 and values[0] != 0):
+        raise ValueError(f"{path}: holds the values {values[:9].tolist()}, but a nucleus mask "
+                         "holds 0 and one other: export it again, uncompressed")
+    return Image.fromarray((mask > 0).astype(np.uint8))
+
+
+def read_monuseg(image_path, mask_path, raster="paper"):
+    """One MoNuSeg image and its annotation -> 16 tiles: 1000 -> 896 -> 4 x 4 x 224 (paper 2.3)."""
+    image = read_image(image_path, ("RGB",))
+    if image.size != (1000, 1000):
+        raise ValueError(f"{image_path}: {image.width} x {image.height} pixels, but every MoNuSeg "
+                         "image is 1000 x 1000: fetch it again")
+    if mask_path.suffix.lower() == ".xml":
+        mask = read_polygons(mask_path, image.size, raster)
+    else:
+        mask = read_mask(mask_path)
+        check_size(image_path, image, mask_path, mask)
+    image = np.asarray(image.resize((4 * TILE, 4 * TILE), Image.Resampling.BILINEAR))
+    mask = np.asarray(mask.resize((4 * TILE, 4 * TILE), Image.Resampling.NEAREST))
+    return (image.reshape(4, TILE, 4, TILE, 3).swapaxes(1, 2).reshape(16, TILE, TILE, 3),
+            mask.reshape(4, TILE, 4, TILE).swapaxes(1, 2).reshape(16, TILE, TILE))
+
+
+def read_bcss(image_path, mask_path, size, num_classes):
+    """One BCSS tile, size x size, and its labels -> 1 tile: 512 is resized to 224 (paper 2.3)."""
+    image, mask = read_image(image_path, ("RGB",)), read_image(mask_path, ("L", "P"))
+    check_size(image_path, image, mask_path, mask)
+    if image.size != (size, size):
+        raise ValueError(f"{image_path}: {image.width} x {image.height} pixels, but tiles of this "
+                         f"set are {size} x {size}: fetch it again")
+    highest = np.asarray(mask).max()
+    if highest >= num_classes:
+        raise ValueError(f"{mask_path}: holds the label {highest}, but the {num_classes} classes "
+                         f"are 0 to {num_classes - 1}: store class indices, not grey levels")
+    if size != TILE:
+        image = image.resize((TILE, TILE), Image.Resampling.BILINEAR)
+        mask = mask.resize((TILE, TILE), Image.Resampling.NEAREST)
+    return np.asarray(image), np.asarray(mask)
+
+
+def check_is_file(path):
+    if path.exists() and not path.is_file():  # reading a pipe would wait for a writer
+        raise ValueError(f"{path}: not a file")
+
+
+def read_labels(path):
+    """Read a mask of an own set, 8-bit and of one channel; of a palette picture, its indices."""
+    image = read_image(path, ("L", "P", "1", "RGB", "RGBA", "LA", "I;16", "I"))
+    if image.mode not in ("L", "P", "1"):
+        raise ValueError(f"{path}: Pillow mode {image.mode}, but a mask stores one class index a "
+                         "pixel, 0 to 255: replace colours by indices")
+    return Image.fromarray(np.asarray(image).astype(np.uint8))
+
+
+def read_own(image_path, mask_path, scale, is_binary):
+    """One image of an own set and its mask -> tiles that cover it, the last ones overlapping."""
+    image, mask = read_image(image_path, ("RGB", "L")).convert("RGB"), read_labels(mask_path)
+    check_size(image_path, image, mask_path, mask)
+    if is_binary:
+        mask = mask.point(lambda value: value > 0)
+    if scale != 1:
+        size = scaled_size(image.size, scale)
+        image = image.resize(size, Image.Resampling.BILINEAR)
+        mask = mask.resize(size, Image.Resampling.NEAREST)
+    image, mask = np.asarray(image), np.asarray(mask)
+    places = [(y, x) for y in tile_starts(len(mask)) for x in tile_starts(mask.shape[1])]
+    return tuple(np.stack([array[y:y + TILE, x:x + TILE] for y, x in places])
+                 for array in (image, mask))
+
+
+def scaled_size(size, scale):
+    return tuple(max(1, round(scale * side)) for side in size)
+
+
+def tile_starts(length):
+    """Where tiles start that cover `length` pixels; the last one ends there and may overlap."""
+    return [min(start, length - TILE) for start in range(0, length, TILE)]
+
+
+def check_size(image_path, image, mask_path, mask):
+    if image.size != mask.size:
+        raise ValueError(f"{mask_path}: {mask.width} x {mask.height} pixels, but {image_path.name} "
+                         f"has {image.width} x {image.height}: fetch both again")
+
+
+# -----------------------------------------------------------------------------
+# Finding raw files. A list of (image path, annotation path, its lines of tiles.csv). (Tiles of
+# BCSS come by themselves: where in their region they lie is not known in pixels of theirs.)
+
+
+def walk(folders):
+    """All folders below `folders`, each once, links followed, with their files' names.
+
+    The debris that archives carry along is left out. Raises FileNotFoundError.
+    """
+    seen = set()
+    for top in folders:
+        if not Path(top).is_dir():
+            raise FileNotFoundError(f"{top}: no such folder: give that of the unpacked archives")
+        for folder, below, names in os.walk(Path(top).absolute(), followlinks=True):
+            real = os.path.realpath(folder)
+            below[:] = [] if real in seen else sorted(set(below) - {"__MACOSX"})
+            if real not in seen:
+                yield Path(folder), [name for name in names if not name.startswith(".")]
+            seen.add(real)
+
+
+def find_files(folders, suffixes):
+    """All files below the folders by their suffix, sorted."""
+    return sorted(folder / name for folder, names in walk(folders) for name in names
+                  if Path(name).suffix.lower() in suffixes)
+
+
+def match_masks(images, masks):
+    """Match {name: path} of images and of masks; ValueError names one without partner."""
+    for one, other, missing in (images, masks, "mask or annotation"), (masks, images, "image"):
+        for name in one:
+            if name not in other:
+                raise ValueError(f"{one[name]}: no {missing} of the same name: add it, or remove "
+                                 "this file")
+    return [(images[name], masks[name]) for name in sorted(images)]
+
+
+def index_by_stem(paths):
+    """{name without suffix: path}; ValueError for two files of one name."""
+    named = {}
+    for path in paths:
+        if named.setdefault(path.stem, path) != path:
+            raise ValueError(f"{path}: {named[path.stem]} has the same name: keep one of them")
+    return named
+
+
+def find_monuseg(folders, later_images=False, raster="paper"):
+    """List MoNuSeg's official layout: *.tif, each with an *.xml or a mask *.png of its name."""
+    images = index_by_stem(find_files(folders, {".tif", ".tiff"}))
+    if not images:
+        raise ValueError(f"{folders[0]}: holds no *.tif: give the folder of the unpacked archives")
+    masks = (index_by_stem(find_files(folders, {".png"})) |
+             index_by_stem(find_files(folders, {".xml"})))
+    later = sorted(set(images) & set(MONUSEG_LATER))
+    if later and not later_images:
+        print(f"left out {len(later)} images that the paper did not have (--later-images keeps "
+              f"them): {' '.join(later)}")
+        for name in later:
+            images.pop(name), masks.pop(name, None)
+    pictures = sum(path.suffix.lower() == ".png" for path in masks.values())
+    if raster == "exact" and pictures:
+        print(f"{pictures} images have only a mask picture, whose raster stays as it is")
+    return [(image, mask, [(image.stem, row, column, "test" if image.stem in MONUSEG_TEST
+                            else "train", TILE * row, TILE * column)
+                           for row in range(4) for column in range(4)])
+            for image, mask in match_masks(images, masks)]
+
+
+def find_bcss(folders, suffix):
+    """List BCSS's layout: folders train, val and train_mask, val_mask, or all with _512 behind.
+
+    A tile is named after slide, region of interest and offset; its region counts as source image.
+    """
+    layout = {}
+    for folder, _ in walk(folders):
+        name = folder.name.removesuffix(suffix) if folder.name.endswith(suffix) else ""
+        if name in ("train", "val", "train_mask", "val_mask"):
+            if not layout.setdefault(name, folder).samefile(folder):
+                raise ValueError(f"{folder}: {layout[name]} has the same name: keep one of them")
+    items = []
+    for part in "train", "val":
+        for name in part, part + "_mask":
+            if name not in layout:
+                raise ValueError(f"{folders[0]}: holds no folder {name}{suffix}: give the folder "
+                                 "of the unpacked archive")
+        for image, mask in match_masks(*(index_by_stem(find_files([layout[name]], {".png"}))
+                                         for name in (part, part + "_mask"))):
+            match = re.fullmatch(r"(.+)_(\d+)_(\d+)_size\d+", image.stem)
+            region, row, column = match.groups() if match else (image.stem, 0, 0)
+            items.append((image, mask, [(region, int(row), int(column), part, 0, 0)]))
+    return items
+
+
+def find_own(folders, names=None, scale=1.0):
+    """List an own set -> items as above, and what is known of it.
+
+    A folder with images/* and masks/* of the same names, or with these in train, val and test.
+    `names` of the classes may be given; else two values in all masks, 0 and any other, are one
+    class, and labels 0 to K - 1 are K. Raises ValueError naming the file that does not fit.
+    """
+    if len(folders) > 1:
+        raise ValueError(f"--from {folders[1]}: one folder holds an own set, in images and masks")
+    top, items, images = Path(folders[0]), [], []
+    parts = [part for part in ("train", "val", "test") if (top / part).is_dir()]
+    for folder, part in [(top / part, part) for part in parts] or [(top, "train")]:
+        found = find_files([folder / "images"], SUFFIXES)
+        if not found:
+            raise ValueError(f"{folder / 'images'}: holds no image")
+        images += found
+        for image, mask in match_masks(index_by_stem(found),
+                                       index_by_stem(find_files([folder / "masks"], SUFFIXES))):
+            width, height = scaled_size(read_image(image, ("RGB", "L")).size, scale)
+            if min(width, height) < TILE:
+                raise ValueError(f"{image}: {width} x {height} pixels, less than a tile of {TILE}: "
+                                 f"give --scale {1.005 * scale * TILE / min(width, height):.2f}")
+            items.append((image, mask, [(image.stem, row, column, part, top, left)
+                                        for row, top in enumerate(tile_starts(height))
+                                        for column, left in enumerate(tile_starts(width))]))
+    index_by_stem(images)  # no two of one name, in whatever parts
+    return items, {"classes": own_classes([mask for _, mask, _ in items], names), "scale": scale,
+                   "split": "official" if parts else "image"}
+
+
+def own_classes(masks, names):
+    """The classes of an own set, from the labels in its masks; ValueError if they make no sense."""
+    first = {}  # of each label, the first mask that holds it
+    for done, path in enumerate(masks, 1):
+        for label in np.unique(read_labels(path)).tolist():
+            first.setdefault(label, path)
+        print_progress(f"labels of {done}/{len(masks)} masks read")
+    labels = sorted(first)
+    binary = len(labels) <= 2 and labels[-1] > 0 and (len(labels) == 1 or labels[0] == 0)
+    if names and len(names) > 1:
+        if labels[-1] >= len(names):
+            raise ValueError(f"{first[labels[-1]]}: holds the label {labels[-1]}, but --classes "
+                             f"names {len(names)}, 0 to {len(names) - 1}")
+        return names
+    if binary:
+        return names or ["foreground"]
+    if names or labels == [0]:
+        raise ValueError(f"{first[labels[-1]]}: masks of one class hold two values, 0 and another, "
+                         f"but these hold {', '.join(map(str, labels[:9]))}")
+    gap = next((label for label, there in enumerate(labels) if label != there), None)
+    if gap is not None or len(labels) > len(PALETTE):
+        odd = labels[gap] if gap is not None else labels[-1]
+        raise ValueError(f"{first[odd]}: holds the label {odd}, but classes are numbered from 0 "
+                         f"without gaps, at most {len(PALETTE)} of them: number them so, or name "
+                         "all with --classes")
+    return [f"class {label}" for label in labels]
+
+
+# -----------------------------------------------------------------------------
+# Preparing: the same for every data set, in flat memory, and it can be interrupted
+
+READERS = {
+    "monuseg": (find_monuseg, read_monuseg),
+    "monuseg-exact": (partial(find_monuseg, raster="exact"), partial(read_monuseg, raster="exact")),
+    "bcss": (partial(find_bcss, suffix=""), partial(read_bcss, size=224, num_classes=3)),
+    "bcss512": (partial(find_bcss, suffix="_512"), partial(read_bcss, size=512, num_classes=22)),
+}
+
+
+def prepare(data, folders, root, **options):
+    """Write ROOT/DATA/{images.npy, masks.npy, tiles.csv} from the raw files below the folders.
+
+    `options` are those of the set's find function. Works in ROOT/DATA.partial, continues there
+    after an interruption, and renames it when whole. Raises ValueError naming the first raw file
+    that cannot be used; what is done stays.
+    """
+    final, working = Path(root, data), Path(root, data + ".partial")
+    if (final / "tiles.csv").exists():
+        print(f"{final} is prepared already; remove it to prepare it again")
+        return
+    if final.exists():
+        raise FileExistsError(f"{final}: is in the way of the prepared tiles: move it elsewhere")
+    if data in READERS:
+        find, read = READERS[data]
+        items, info = find(folders, **options), SETS[data]
+    else:
+        items, info = find_own(folders, **options)
+        info["recipe"] = "monuseg" if len(info["classes"]) == 1 else "bcss"
+        read = partial(read_own, scale=info["scale"], is_binary=len(info["classes"]) == 1)
+    rows = [row for _, _, rows in items for row in rows]
+    lock = lock_folder(working)
+
+    # Start, or continue if the partial folder was made from the very same list.
+    listed = json.dumps([[str(path) for path in items[0][:2]], rows, info])
+    state = {"list": hashlib.sha256(listed.encode()).hexdigest(), "files": 0, "tiles": 0}
+    progress = working / "progress.json"
+    before = json.loads(progress.read_text()) if progress.exists() else {}
+    if before.get("list") == state["list"]:
+        state = before
+    else:
+        progress.unlink(missing_ok=True)  # it tells of the arrays that are replaced now
+        for name, shape in ARRAYS.items():
+            np.lib.format.open_memmap(working / f"{name}.npy", "w+", np.uint8, (len(rows), *shape))
+
+    # Read some files at a time, write their tiles, note how far we are. (Plain writes: where the
+    # disk is full they raise, while writing to a memory map would kill the process.)
+    start, first = time.time(), state["files"]
+    chunk = max(1, 256 // max(len(rows) for _, _, rows in items))  # files
+    with (ThreadPoolExecutor(os.cpu_count()) as pool, open(working / "images.npy", "r+b") as images,
+          open(working / "masks.npy", "r+b") as masks):
+        for file, shape in zip((images, masks), ARRAYS.values()):
+            file.seek(-math.prod(shape) * (len(rows) - state["tiles"]), os.SEEK_END)
+        for done in range(first, len(items), chunk):
+            some = items[done:done + chunk]
+            for item, arrays in zip(some, pool.map(lambda item: read(*item[:2]), some)):
+                for file, array, shape in zip((images, masks), arrays, ARRAYS.values()):
+                    if array.nbytes != len(item[2]) * math.prod(shape):
+                        raise ValueError(f"{item[0]}: was read as {array.dtype} {array.shape}, but "
+                                         f"listed with {len(item[2])} tiles: uint8 {shape} each")
+                    file.write(array.tobytes())
+                state["tiles"] += len(item[2])
+            for file in images, masks:  # the note must not be on the disk before the tiles are
+                file.flush()
+                os.fsync(file.fileno())
+            state["files"] = done + len(some)
+            with write_atomic(progress) as file:
+                file.write(json.dumps(state).encode())
+            eta = (time.time() - start) / (state["files"] - first) * (len(items) - state["files"])
+            print_progress(f"{data}: {state['files']}/{len(items)} files, {eta:.0f} s left")
+
+    # Complete: what is known, the table, then the name that the other scripts look for.
+    source = {"from": [str(Path(folder).absolute()) for folder in folders]}
+    (working / "set.json").write_text(json.dumps(info | source, indent=1), encoding="utf-8")
+    with open(working / "tiles.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("image", "row", "column", "official", "top", "left"), *rows])
+    working.rename(final)
+    for name in progress.name, ".lock":
+        Path(final, name).unlink()
+    lock.close()
+    print_progress(f"{final}: {len(rows)} tiles from {len(items)} files in "
+                   f"{time.time() - start:.0f} s\n")
