@@ -30,7 +30,7 @@ from losses import loss_for
 from models import build_model
 from plots import draw_curves, draw_figure
 from predict import predict_bands
-from report import table_2
+from report import AVERAGES, table_2
 from utils import (LOG, autocast, first_mismatch, load_checkpoint, number, pick_device,
                    print_progress, run_cli, write_atomic)
 
@@ -161,9 +161,6 @@ def metrics_table(metrics, names):
 
 # -----------------------------------------------------------------------------
 # The command
-
-AVERAGES = {"per_tile": "per tile", "global": "global", "per_image": "whole, per image",
-            "whole": "whole, global"}
 
 
 def open_data(checkpoint, path, data_root, data=None):
@@ -338,11 +335,8 @@ def main(args):
         print(metrics_table(results[0], results[0]["set"]["classes"]))
     else:
         print_progress("\n")
-        for average, title in AVERAGES.items():
-            if average in results[0]:
-                print(f"\n{title}, percent: mean ± standard deviation over runs"
-                      f"{' (the number of the paper)' if average == 'per_tile' else ''}\n")
-                print(table_2(results, average))
+        print("\nPercent: mean ± standard deviation over runs (the number of the paper)\n")
+        print(table_2(results))
     if args.json:
         with write_atomic(args.json) as file:
             file.write(json.dumps(results, indent=1).encode())

@@ -125,12 +125,14 @@ def group_by(results, key):
 
 
 def markdown(titles, rows):
-    """A Markdown table. What comes out of files can neither break it nor become a comment."""
-    def cell(value):
-        return " ".join(str(value).replace("|", "\\|").replace("<", "&lt;").split())
-
+    """A Markdown table."""
     lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(one_cell, line)) + " |" for line in lines)
+
+
+def one_cell(value):
+    """A text that, out of whatever file, can neither break a table nor become a comment."""
+    return " ".join(str(value).replace("|", "\\|").replace("<", "&lt;").split())
 
 
 def percent(value, sign=""):
@@ -149,33 +151,47 @@ def table_1(results):
                       else "-"] for (model, skip), counts in parameter_counts().items()])
 
 
-def table_2(results, average):
-    """The paper's Table 2: mean ± standard deviation over seeds, (the paper's).
+# The averages of a score: a mean over tiles, or all pixels at once; of tiles or of whole images.
+AVERAGES = {"per_tile": "per tile", "global": "global", "per_image": "per whole image",
+            "whole": "whole images"}
 
-    average: "per_tile", as the paper's, or "global". A row holds the runs that differ in the seed
-    alone; ValueError for two that differ in nothing.
+
+def table_2(results):
+    """The paper's Table 2, one for every data set and split: mean ± standard deviation over seeds.
+
+    In brackets the paper's. A row holds the runs that differ in the seed alone; ValueError for two
+    that differ in nothing.
     """
-    rows = []
+    averages = [average for average in AVERAGES if all(average in one for one in results)]
+    titles = [f"{metric} {AVERAGES[average]}" for average in averages for metric in ("mIoU", "F1")]
+    rows, order = {}, [*SKIPS]
     groups = group_by(results, lambda result: (
         result["args"]["data"], result["args"]["split"], label(result), result["args"]["skip"]))
-    order = [*SKIPS]
     for (data, split, name, skip), group in sorted(
             groups.items(), key=lambda item: (*item[0][:3], order.index(item[0][3]))):
         seeds = [result["args"]["seed"] for result in group]
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"two runs of {data}, {split}, {name}, {skip} have one seed, of "
                              f"{seeds}: a mean over seeds takes each once")
-        is_papers = (average, split, name) == ("per_tile", "tile", group[0]["args"]["model"])
+        is_papers = (split, name) == ("tile", group[0]["args"]["model"])
         paper = PAPER.get((data, name, skip)) if is_papers else None
         cells = []
-        for k, metric in enumerate(("iou", "f1")):
-            values = [result[average][metric] for result in group]
-            values = [value for value in values if value is not None]
-            mean = statistics.mean(values) if values else None
-            spread = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(percent(mean) + spread + (f" ({paper[k]:.2f})" if paper else ""))
-        rows.append([f"{data}, {split}", name, skip, *cells, len(group)])
-    return markdown(["Data, split", "Model", "Skip", "mIoU", "F1", "Runs"], rows)
+        for average in averages:
+            for k, metric in enumerate(("iou", "f1")):
+                cell = mean_and_deviation([result[average][metric] for result in group])
+                told = f" ({paper[k]:.2f})" if paper and average == "per_tile" else ""
+                cells.append(cell + told)
+        rows.setdefault(f"**{data}, {split} split**", []).append([name, skip, *cells, len(group)])
+    return "\n\n".join(f"{title}\n\n{markdown(['Model', 'Skip', *titles, 'Runs'], lines)}"
+                       for title, lines in rows.items())
+
+
+def mean_and_deviation(values):
+    """Mean ± standard deviation in percent, of what there is; of one value there is no deviation.
+    """
+    values = [value for value in values if value is not None]
+    spread = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return percent(statistics.mean(values) if values else None) + spread
 
 
 def mean_and_error(values):
@@ -223,15 +239,25 @@ def skip_differences(results):
                            for image in scores[0][0]]
             deviations = [statistics.stdev(result["per_tile"]["iou"] for result in column)
                           for column in zip(*pairs)] if len(pairs) > 1 else []
+            needed = pairs_needed(over_seeds) if len(pairs) > 1 else "-"
             model = group[0]["args"]["model"]
             paper = [PAPER[data, model, which][0] for which in (skip, first)
                      if (data, model, which) in PAPER]
             rows.append([f"{data}, {split}", name, f"{skip} - {first}", mean_and_error(over_seeds),
                          mean_and_error(over_images),
-                         " / ".join(f"{100 * value:.2f}" for value in deviations) or "-",
+                         " / ".join(f"{100 * value:.2f}" for value in deviations) or "-", needed,
                          f"{paper[0] - paper[1]:+.2f}" if len(paper) == 2 else "-"])
     return markdown(["Data, split", "Model", "Skips", "Difference over seeds", "over test images",
-                     "Deviation between seeds", "The paper's difference"], rows)
+                     "Deviation between seeds", "Seeds to see 1 point",
+                     "The paper's difference"], rows)
+
+
+def pairs_needed(differences):
+    """In how many pairs of runs a true difference of 1 point would pass a test, given the spread.
+
+    Two-sided at 5 %, in four of five cases: ((1.96 + 0.84) deviations of a pair / 1 point)^2.
+    """
+    return max(2, math.ceil((1.96 + 0.84)**2 * 100**2 * statistics.variance(differences)))
 
 
 def time_to_paper(results):
@@ -266,9 +292,8 @@ def whole_images(results):
             members(result))).items():
         cells = []
         for columns in scored.values():
-            values = [100 * result["whole"]["f1"] for result in columns if result in group]
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "-")
+            cells.append(mean_and_deviation([result["whole"]["f1"] for result in columns
+                                             if result in group]))
         seeds = len({result["args"]["seed"] for result in group})
         rows.append([trained, name, skip, *cells,
                      f"ensemble of {n}" if n > 1 else f"{seeds} run{'s' if seeds > 1 else ''}"])
@@ -294,27 +319,27 @@ def curves(results):
 
 
 def commands(results):
-    """Every run: the command that repeats it, what it ran on, and its scores."""
-    rows = []
+    """Every run, by what it ran on: the command that repeats it, and its scores."""
+    machines = {}
     for result in results:
         args, processes = result["args"], result["processes"]
         start = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
         names = " ".join(f"--{name} {args[name]}"
                          for name in ("model", "skip", "data", "split", "seed"))
-        rows.append([f"`{start} train.py {names} {flags(result)}".strip() + "`",
-                     ", ".join(map(percent, result["per_tile"].values())),
-                     ", ".join(map(percent, result["global"].values())),
-                     result["epoch"], f"{result['seconds'][-1] / 60:.1f} min",
-                     result["recipe_version"], f"{result['device']}, torch {result['torch']}",
-                     result["weights"]])
-    return markdown(["Command", "IoU, F1 per tile", "global", "Best epoch", "Training", "Recipe",
-                     "On", "Weights"], rows)
+        weights = "" if result["weights"] == "from scratch" else f", weights: {result['weights']}"
+        machines.setdefault(f"{result['device']}, torch {result['torch']}", []).append(
+            [f"`{start} train.py {names} {flags(result)}".strip() + f"`{weights}",
+             ", ".join(map(percent, result["per_tile"].values())),
+             ", ".join(map(percent, result["global"].values())), result["epoch"],
+             f"{result['seconds'][-1] / 60:.1f} min", result["recipe_version"]])
+    titles = ["Command", "IoU, F1 per tile", "global", "Best epoch", "Training", "Recipe"]
+    return "\n\n".join(f"On {one_cell(machine)}:\n\n{markdown(titles, rows)}"
+                       for machine, rows in machines.items())
 
 
 TABLES = {
     "parameters": table_1,
-    "scores per tile": lambda results: table_2(results, "per_tile"),
-    "scores global": lambda results: table_2(results, "global"),
+    "scores": table_2,
     "skip differences": skip_differences,
     "time to the paper's score": time_to_paper,
     "curves": curves,

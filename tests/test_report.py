@@ -1,6 +1,7 @@
 """report.py: the tables of results/README.md, worked out by hand from made-up runs."""
 
 import copy
+import itertools
 import json
 
 import pytest
@@ -34,9 +35,15 @@ EMPTY = [scores(skip, 0, (0, 0, 0)) | {"tiles": [None] * 3, "per_tile": NOTHING,
          for skip in ("standard", "conv")]
 
 
-def cells(table):
-    return [[cell.strip() for cell in line.strip("|").split(" | ")]
-            for line in table.splitlines()[2:]]
+def cells(text):
+    """The rows of all tables in a text, each behind the line in bold above its table, if any."""
+    rows, title = [], []
+    for line, after in itertools.pairwise([*text.splitlines(), ""]):
+        if line.startswith("**"):
+            title = [line.strip("*")]
+        elif line.startswith("| ") and not {*line} <= {*"| -"} and not after.startswith("| ---"):
+            rows.append([*title, *(cell.strip() for cell in line.strip("|").split(" | "))])
+    return rows
 
 
 # Tables
@@ -79,33 +86,32 @@ MIXED = [result(0.70, 0.80, skip="conv"), result(0.72, 0.81, "--seed", "1", skip
 
 
 def test_table_2_is_mean_and_deviation_over_seeds_of_runs_that_differ_in_nothing_else():
-    rows, whole = ({tuple(row[:3]): row[3:] for row in cells(report.table_2(MIXED, average))}
-                   for average in ("per_tile", "global"))
+    rows = {tuple(row[:3]): row[3:] for row in cells(report.table_2(MIXED))}
     assert len(rows) == 9
-    assert rows["monuseg, tile", "unet", "conv"] == [  # deviations: sqrt(8 / 2), sqrt(14 / 2)
-        "72.00 ± 2.00 (67.32)", "82.00 ± 2.65 (80.28)", "3"]
-    assert rows["bcss, tile", "unet", "conv"] == ["50.00 (33.78)", "60.00 (47.42)", "1"]
-    assert rows["monuseg, tile", "swin_unet", "standard"] == ["40.00 (63.98)", "50.00 (77.65)", "1"]
+    tile, image, other = "monuseg, tile split", "monuseg, image split", "bcss, tile split"
+    assert rows[tile, "unet", "conv"] == [  # deviations: sqrt(8 / 2), sqrt(14 / 2)
+        "72.00 ± 2.00 (67.32)", "82.00 ± 2.65 (80.28)", "62.00 ± 2.00", "72.00 ± 2.65", "3"]
+    assert rows[other, "unet", "conv"][:2] == ["50.00 (33.78)", "60.00 (47.42)"]
+    assert rows[tile, "swin_unet", "standard"][:2] == ["40.00 (63.98)", "50.00 (77.65)"]
     for name, skip, ious in [  # none of them is the paper's
-            ("monuseg, tile", "unet --width 32", ("65.43", "76.54")),
-            ("monuseg, tile", "unet --epochs 5", ("66.00", "77.00")),
-            ("monuseg, tile", "unet (recipe 1)", ("67.00", "78.00")),
-            ("monuseg, tile", "swin_unet --no-pretrained", ("30.00", "50.00")),
-            ("monuseg, image", "unet", ("60.00", "70.00"))]:
-        assert rows[name, skip, "standard"] == [*ious, "1"]
-    assert rows["bcss, tile", "unet --ignore-index 0 2", "conv"] == ["20.00", "50.00", "1"]
-    assert whole["monuseg, tile", "unet", "conv"] == ["62.00 ± 2.00", "72.00 ± 2.65", "3"]
+            (tile, "unet --width 32", ("65.43", "76.54")),
+            (tile, "unet --epochs 5", ("66.00", "77.00")),
+            (tile, "unet (recipe 1)", ("67.00", "78.00")),
+            (tile, "swin_unet --no-pretrained", ("30.00", "50.00")),
+            (image, "unet", ("60.00", "70.00"))]:
+        assert (*rows[name, skip, "standard"][:2], rows[name, skip, "standard"][4]) == (*ious, "1")
+    assert rows[other, "unet --ignore-index 0 2", "conv"][:2] == ["20.00", "50.00"]
 
 
 def test_two_runs_of_one_seed_are_refused():
     with pytest.raises(ValueError, match=r"two runs of monuseg, tile, unet, conv .*\[0, 1, 2, 2\]"):
-        report.table_2([*MIXED, MIXED[2]], "per_tile")
+        report.table_2([*MIXED, MIXED[2]])
 
 
 def test_skips_stand_in_their_own_order_and_all_are_compared_with_the_first():
     runs = [scores(skip, 0, (0.5, 0.5, 0.5)) for skip in reversed(report.SKIPS)]
     first, *others = report.SKIPS
-    assert [row[2] for row in cells(report.table_2(runs, "global"))] == [first, *others]
+    assert [row[2] for row in cells(report.table_2(runs))] == [first, *others]
     assert [row[2] for row in cells(report.skip_differences(runs))] == [
         f"{skip} - {first}" for skip in others]
 
@@ -114,8 +120,10 @@ def test_skips_are_compared_seed_by_seed_and_image_by_image():
     conv, fusion = cells(report.skip_differences(RUNS))  # width 8 has no standard beside it
     assert conv[:3] == ["monuseg, tile", "unet", "conv - standard"]
     # Seeds: +10 and +20, deviation 7.07. Images: A +10 and +10, B +10 and +40.
-    assert conv[3:] == ["+15.00 ± 5.00 (n = 2)", "+17.50 ± 7.50 (n = 2)", "0.00 / 7.07", "+1.05"]
-    assert fusion[3:5] == ["+0.00 (n = 1)", "+0.00 ± 0.00 (n = 2)"] and fusion[5] == "-"
+    # A true point would show in (2.8 * 7.07)^2 pairs.
+    assert conv[3:] == ["+15.00 ± 5.00 (n = 2)", "+17.50 ± 7.50 (n = 2)", "0.00 / 7.07", "393",
+                        "+1.05"]
+    assert fusion[3:5] == ["+0.00 (n = 1)", "+0.00 ± 0.00 (n = 2)"] and fusion[5:7] == ["-", "-"]
 
 
 def test_runs_tested_on_other_images_are_not_compared():
@@ -134,12 +142,11 @@ def test_tiles_without_a_class_and_sets_without_the_papers_number():
 
 
 def test_runs_of_which_no_test_tile_shows_a_class_have_dashes():
-    for average, expected in ("per_tile", ["- (67.32)", "- (80.28)"]), ("global", ["-", "-"]):
-        assert cells(report.table_2(EMPTY, average))[1][3:] == [*expected, "1"]
+    assert cells(report.table_2(EMPTY))[1][3:] == ["- (67.32)", "- (80.28)", "-", "-", "1"]
     assert cells(report.skip_differences(EMPTY)) == []
     assert [row[1:3] for row in cells(report.commands(EMPTY))] == [["-, -", "-, -"]] * 2
-    mixed = cells(report.table_2([EMPTY[0], scores("standard", 1, (0.5, 0.5, 0.5))], "per_tile"))
-    assert mixed[0][3:] == ["50.00 (66.27)", "50.00 (79.45)", "2"]
+    mixed = cells(report.table_2([EMPTY[0], scores("standard", 1, (0.5, 0.5, 0.5))]))
+    assert mixed[0][3:5] == ["50.00 (66.27)", "50.00 (79.45)"] and mixed[0][-1] == "2"
 
 
 def test_time_to_the_papers_score_ends_with_the_epoch_that_passes_it():
@@ -157,9 +164,17 @@ def test_every_run_is_told_by_the_command_that_repeats_it():
         again = vars(train.parse_args(flags.split()))
         assert {name: again[name] for name in ARGS} == result["args"]
         assert row == [f"{100 * result['per_tile']['iou']:.2f}, 50.00", "40.00, 60.00", "2",
-                       "3.0 min", str(RECIPE_VERSION), "abacus, torch 2.15", "from scratch"]
-    (told, *_), = cells(report.commands([RUNS[0] | {"processes": 8}]))
+                       "3.0 min", str(RECIPE_VERSION)]
+    (told, *_), = cells(report.commands([RUNS[0] | {"processes": 8, "weights": "a file"}]))
     assert told.startswith("`torchrun --nproc-per-node 8 train.py --model unet ")
+    assert told.endswith("`, weights: a file")
+
+
+def test_what_a_run_was_made_on_is_said_once():
+    other = [run | {"device": "a card"} for run in RUNS[:2]]
+    text = report.commands([*RUNS, *other])
+    assert text.count("On abacus, torch 2.15:\n\n| Command") == 1 == text.count("On a card, ")
+    assert len(cells(text)) == len(RUNS) + 2
 
 
 def test_a_curve_is_drawn_from_all_seeds_of_one_network_on_one_split():
@@ -248,10 +263,10 @@ def test_texts_out_of_a_file_cannot_break_the_page(tmp_path):
     runs = [scores("conv", 0, (0.5, 0.5, 0.5)) | {"weights": EVIL, "device": EVIL, "torch": EVIL}]
     words = "Mine.\n\n<!-- commands -->\n<!-- end -->\n\nMine too.\n"
     page = report_on(tmp_path, runs, words)
-    assert page.startswith("Mine.\n\n<!-- commands -->\n| Command |")
+    assert page.startswith("Mine.\n\n<!-- commands -->\nOn a\\|b &lt;!-- end")
     assert page.endswith(" |\n<!-- end -->\n\nMine too.\n") and page.count("<!--") == 2
-    lines = page.splitlines()[3:-3]
-    assert {line.replace("\\|", "").count("|") for line in lines} == {9} and len(lines) == 3
+    lines = page.splitlines()[5:-3]
+    assert {line.replace("\\|", "").count("|") for line in lines} == {7} and len(lines) == 3
     assert report_on(tmp_path, runs) == page
 
 
