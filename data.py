@@ -220,8 +220,8 @@ def whole_images(data, tiles, indices):
         covered = all(starts[0] == 0 and max(np.diff(starts), default=0) <= TILE
                       for starts in (tops, lefts))
         if not covered or not len(members) == len(places) == len(tops) * len(lefts):
-            raise ValueError(f"{data}: the tiles of {name} do not make up a whole image, which "
-                             "--windows and --whole need")
+            raise ValueError(f"{data}: the tiles of {name} do not make up a whole image: give "
+                             "--windows 0, or leave out --whole")
         grid = torch.tensor([[places[top, left] for left in lefts] for top in tops])
         images[name] = WholeImage(grid, tops, lefts)
     return images

@@ -1,4 +1,4 @@
-"""Every picture: training curves (the paper's Fig. 2), test tiles (Figs. 3-5), augmented tiles.
+"""Every picture: training curves (the paper's Fig. 2), error bars, test tiles (Figs. 3-5), a sheet.
 
 All functions take plain numbers and arrays and return a Pillow image.
 """
@@ -96,6 +96,55 @@ def draw_curves(runs):
         y = 460 + 24 * i
         draw.line((70, y, 110, y), colour, 3)
         draw.text((120, y), name, "black", font, anchor="lm")
+    return picture
+
+
+# -----------------------------------------------------------------------------
+# Means with error bars
+
+
+def draw_error_bars(heading, panels):
+    """Draw means, with bars of one standard error up and down, over a logarithmic axis.
+
+    panels: {what the axis shows: {name of a line: {place on the axis: values}}}, the same names and
+    at least two places in each. A place without values is left out, one value has no bar.
+    """
+    font, names = ImageFont.load_default(size=15), [*next(iter(panels.values()))]
+    picture = Image.new("RGB", (600 * len(panels), 460 + 24 * len(names)), "white")
+    draw = ImageDraw.Draw(picture)
+    for panel, (title, lines) in enumerate(panels.items()):
+        left, right, top, bottom = 600 * panel + 70, 600 * panel + 570, 60, 400
+        bars = {name: [(at, statistics.mean(values),
+                        statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0)
+                       for at, values in line.items() if values] for name, line in lines.items()}
+        ends = [mean + sign * error for line in bars.values() for _, mean, error in line
+                for sign in (-1, 1)]
+        ticks, places = round_ticks(min([-1, *ends]), max([1, *ends])), [*lines[names[0]]]
+
+        def place(at, value, aside=0):
+            share = math.log(at / places[0]) / math.log(places[-1] / places[0])
+            return (left + 40 + (right - left - 80) * share + aside,
+                    bottom - (bottom - top) * (value - ticks[0]) / (ticks[-1] - ticks[0]))
+
+        draw.text(((left + right) / 2, 32), heading, "black", font, anchor="mm")
+        draw.text(((left + right) / 2, bottom + 38), title, "black", font, anchor="mm")
+        for value in ticks:
+            y = place(places[0], value)[1]
+            draw.line((left, y, right, y), "#dddddd" if abs(value) > 1e-9 else "black")
+            draw.text((left - 8, y), f"{value:.3g}", "black", font, anchor="rm")
+        for at in places:
+            draw.text((place(at, 0)[0], bottom + 14), str(at), "black", font, anchor="mm")
+        for i, (line, colour) in enumerate(zip(bars.values(), LINES)):
+            aside = 8 * (i - (len(names) - 1) / 2)  # pixels, so that no bar hides another
+            draw.line([place(at, mean, aside) for at, mean, _ in line], colour, 2)
+            for at, mean, error in line:
+                (x, low), (_, high) = (place(at, mean + sign * error, aside) for sign in (-1, 1))
+                y = (low + high) / 2
+                draw.line((x, low, x, high), colour, 2)
+                draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
+    for i, (name, colour) in enumerate(zip(names, LINES)):
+        draw.line((70, 470 + 24 * i, 110, 470 + 24 * i), colour, 3)
+        draw.text((120, 470 + 24 * i), name, "black", font, anchor="lm")
     return picture
 
 

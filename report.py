@@ -349,6 +349,28 @@ TABLES = {
 }
 
 
+def fill_page(path, tables, results):
+    """The text of a page with its tables made anew -> text; nothing is written.
+
+    tables: {name: function of the results -> text}. Raises ValueError if the page asks for a table
+    that is not among them, or lacks the end of one.
+    """
+    def table(match):
+        if match[1] not in tables:
+            raise ValueError(f"{path}: has no table called {match[1]!r} to fill; there are "
+                             f"{', '.join(tables)}")
+        if "<!-- " in match[2]:  # words would be lost
+            raise ValueError(f"{path}: the table {match[1]!r} lacks its <!-- end -->: add it")
+        return f"<!-- {match[1]} -->\n{tables[match[1]](results)}\n<!-- end -->"
+
+    if path.exists():
+        words = path.read_text(encoding="utf-8")
+    else:
+        words = "# Runs\n" + "".join(f"\n## {name[0].upper()}{name[1:]}\n\n<!-- {name} -->\n"
+                                     "<!-- end -->\n" for name in tables)
+    return re.sub(r"<!-- (.+?) -->\n(.*?)<!-- end -->", table, words, flags=re.S)
+
+
 # -----------------------------------------------------------------------------
 # The command
 
@@ -365,22 +387,8 @@ def parse_args(argv=None):
 def main(args):
     """Draw the curves, then write the page; ValueError if a file or the page cannot be used."""
     results, wholes = read_results(args.scores)
-
-    def table(match):
-        if match[1] not in TABLES:
-            raise ValueError(f"{args.page}: has no table called {match[1]!r} to fill; there are "
-                             f"{', '.join(TABLES)}")
-        if "<!-- " in match[2]:  # words would be lost
-            raise ValueError(f"{args.page}: the table {match[1]!r} lacks its <!-- end -->: add it")
-        lines = TABLES[match[1]](wholes if match[1] == "whole images" else results)
-        return f"<!-- {match[1]} -->\n{lines}\n<!-- end -->"
-
-    if args.page.exists():
-        words = args.page.read_text(encoding="utf-8")
-    else:
-        words = "# Runs\n" + "".join(f"\n## {name[0].upper()}{name[1:]}\n\n<!-- {name} -->\n"
-                                     "<!-- end -->\n" for name in TABLES)
-    page = re.sub(r"<!-- (.+?) -->\n(.*?)<!-- end -->", table, words, flags=re.S)
+    tables = TABLES | {"whole images": lambda _: whole_images(wholes)}
+    page = fill_page(args.page, tables, results)
     for picture, runs in training_curves(results).items():
         with write_atomic(args.page.with_name(picture)) as file:
             draw_curves(runs).save(file)

@@ -1,0 +1,249 @@
+"""When does fusion pay? The paper's open question (4.1), asked of ever more classes.
+
+    python complexity.py              # draw the sets, train every cell, make the page; hours
+    python complexity.py --jobs 4     # four cells at a time
+    python complexity.py --report     # the page alone, from results/complexity/*.json
+
+Synthetic tissue (synthetic.py) stays the same while its labels are merged to 1, 3, 6, 12 and 22
+classes, or keeps 6 classes while its regions grow. A cell is one network trained on one of these
+sets by train.py. What is compared, and what counts as a result, was written down before the first
+cell was trained: results/complexity/README.md. Start it again after an interruption: finished cells
+are skipped, the others go on, and a cell that fails does not stop the rest.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from plots import draw_error_bars
+from report import (fill_page, group_by, markdown, mean_and_error, read_scores, skip_differences,
+                    table_2)
+from synthetic import NAMES, merge, tissue_tile
+from utils import number, print_progress, run_cli, write_atomic
+
+# The experiment. A set is its number of classes and its grain, the size of its regions in pixels.
+CLASSES = [(1, 40), (3, 40), (6, 40), (12, 40), (22, 40)]
+GRAINS = [(6, 20), (6, 40), (6, 80), (6, 160)]
+SEEDS = range(5)
+PAPERS, OTHERS = ("standard", "conv", "fusion"), ("nested", "fusionunet")
+BLOCKS = [(CLASSES, PAPERS), (GRAINS, PAPERS), (CLASSES, OTHERS)]  # in the order of their training
+TILES = {"train": 480, "val": 40, "test": 240}
+RECIPE = "--width 16 --epochs 2 --batch-size 2 --lr 4e-3 --schedule cosine".split()
+
+# What counts as a result.
+SCORE, LEVEL, WORTH = "per_tile", 0.05, 0.01  # average, level of each test, difference of interest
+
+DATA, RUNS, RESULTS = Path("data"), Path("runs", "complexity"), Path("results", "complexity")
+
+
+def set_name(classes, grain):
+    return f"tissue-k{classes:02}-grain{grain:03}"
+
+
+def all_cells():
+    """Every cell once -> list of (set, skip, seed), those of one seed before those of the next."""
+    cells = [(which, skip, seed) for sets, skips in BLOCKS for seed in SEEDS for which in sets
+             for skip in skips]
+    return list(dict.fromkeys(cells))  # six classes at grain 40 are on both axes
+
+
+def cell_name(which, skip, seed):
+    return f"{set_name(*which)}-{skip}-seed{seed}"
+
+
+# -----------------------------------------------------------------------------
+# Sets and runs
+
+
+def draw_sets(sets):
+    """Write the sets, all of one grain, that are not there yet, as data.load reads them.
+
+    Their tiles are the same, and so are the tiles' parts; only their labels are merged differently.
+    """
+    missing = [which for which in sets if not (DATA / set_name(*which)).exists()]
+    if not missing:
+        return
+    parts = [part for part, count in TILES.items() for _ in range(count)]
+    print(f"drawing {len(parts)} tiles for {', '.join(set_name(*which) for which in missing)}")
+    images, labels = map(np.stack, zip(*(
+        tissue_tile(np.random.default_rng([2027, tile]), missing[0][1])
+        for tile in range(len(parts)))))
+    for k, grain in missing:
+        folder = DATA / f"{set_name(k, grain)}.partial"
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "images.npy", images)
+        np.save(folder / "masks.npy", merge(labels, k))
+        info = {"classes": [*NAMES[:k]] if k > 1 else ["nucleus"], "scale": 1.0,
+                "split": "official", "recipe": "bcss" if k > 1 else "monuseg"}
+        (folder / "set.json").write_text(json.dumps(info, indent=1))
+        with open(folder / "tiles.csv", "w", newline="") as file:
+            csv.writer(file).writerows([("image", "row", "column", "official", "top", "left"), *(
+                (f"tile-{tile:03}", 0, 0, part, 0, 0) for tile, part in enumerate(parts))])
+        folder.rename(DATA / set_name(k, grain))
+
+
+def train_cell(cell):
+    """Train a cell, or go on with it, and copy its scores -> None, or how it failed."""
+    (k, grain), skip, seed = cell
+    name = cell_name(*cell)
+    scores, log = RUNS / name / "scores.json", RUNS / f"{name}.log"
+    if not scores.exists():
+        command = [sys.executable, Path(__file__).with_name("train.py"), "--model", "unet",
+                   "--skip", skip, "--data", set_name(k, grain), "--split", "official", "--seed",
+                   str(seed), *RECIPE, "--bf16", "--device", "cpu", "--resume", "--data-root", DATA,
+                   "--out", scores.parent]
+        with open(log, "w") as output:
+            status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT,
+                                    env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+        if status:
+            last = (log.read_text(errors="replace").splitlines() or ["no output"])[-1]
+            return f"{name}: exit status {status}, {last}"
+    shutil.copy(scores, RESULTS / f"{name}.json")
+
+
+def train_cells(cells, jobs):
+    """Train so many cells at a time -> list of how some of them failed."""
+    failed = []
+    with ThreadPoolExecutor(jobs) as pool:
+        for done, failure in enumerate(pool.map(train_cell, cells), 1):
+            if failure:
+                failed.append(failure)
+                print_progress(f"failed: {failure}\n")
+            print_progress(f"{done}/{len(cells)} cells, last {cell_name(*cells[done - 1])}")
+    return failed
+
+
+# -----------------------------------------------------------------------------
+# Statistics
+
+
+def p_value(values):
+    """Student's t test that the mean of `values` is 0 -> two-sided p.
+
+    With t = sqrt(df) tan(a), the density of t becomes cos(a)^(df - 1), up to a factor: both the
+    tail and the whole are sums over a fine grid of angles.
+    """
+    df = len(values) - 1
+    start = math.atan2(abs(statistics.mean(values)) * math.sqrt(len(values)),
+                       statistics.stdev(values) * math.sqrt(df))
+    middles = (np.arange(10_000) + 0.5) / 10_000
+    tail, whole = ((math.pi / 2 - a) * (np.cos(a + (math.pi / 2 - a) * middles)**(df - 1)).mean()
+                   for a in (start, 0.0))
+    return tail / whole
+
+
+def holm(p_values):
+    """Holm's correction: p values of several comparisons -> those to be held against the level."""
+    rising = np.sort(p_values) * np.arange(len(p_values), 0, -1)
+    return np.maximum.accumulate(rising).clip(max=1)[np.argsort(np.argsort(p_values))]
+
+
+def differences(results, which, skip):
+    """{seed: IoU of a skip minus that of the standard one, 0..1} of the seeds that have both."""
+    return {seed: results[which, skip, seed][SCORE]["iou"]
+            - results[which, "standard", seed][SCORE]["iou"] for seed in SEEDS
+            if {(which, skip, seed), (which, "standard", seed)} <= results.keys()}
+
+
+# -----------------------------------------------------------------------------
+# The page. `results` are {cell: content of its scores.json}.
+
+
+def fusion_pays(results):
+    """The primary comparison. There is no p value before the last seed: nobody stops by a look."""
+    compared = [[*differences(results, which, "fusion").values()] for which in CLASSES]
+    columns = [["-"] * len(CLASSES)] * 3
+    if all(len(values) == len(SEEDS) for values in compared):
+        raw = [p_value(values) for values in compared]
+        pays = ["yes" if p < LEVEL and statistics.mean(values) >= WORTH else "no"
+                for p, values in zip(holm(raw), compared)]
+        columns = [[f"{p:.4f}" for p in raw], [f"{p:.4f}" for p in holm(raw)], pays]
+    return markdown(["Classes", "fusion - standard", "p", "p after Holm", "Fusion pays"], [
+        [k, mean_and_error(values), *row]
+        for (k, _), values, *row in zip(CLASSES, compared, *columns)])
+
+
+def trend(results):
+    """Slope of a skip's difference for every doubling of the number of classes, seed by seed."""
+    rows = []
+    for skip in (*PAPERS[1:], *OTHERS):
+        columns = [differences(results, which, skip) for which in CLASSES]
+        slopes = [np.polyfit(np.log2([k for k, _ in CLASSES]), [by[seed] for by in columns], 1)[0]
+                  for seed in SEEDS if all(seed in by for by in columns)]
+        rows.append([f"{skip} - standard", mean_and_error(slopes),
+                     f"{p_value(slopes):.4f}" if len(slopes) == len(SEEDS) else "-"])
+    return markdown(["Skips", "Slope for a doubling of the classes", "p"], rows)
+
+
+def draw_picture(results):
+    """Differences to the standard skip, over the number of classes and the size of the regions."""
+    panels = {title: {f"{skip} - standard": {
+        which[axis]: [100 * value for value in differences(results, which, skip).values()]
+        for which in sets} for skip in (*PAPERS[1:], *OTHERS)}
+        for title, sets, axis in (("classes (regions of 40 pixels)", CLASSES, 0),
+                                  ("size of the regions in pixels (6 classes)", GRAINS, 1))}
+    return draw_error_bars(f"difference in IoU {SCORE.replace('_', ' ')}, points", panels)
+
+
+TABLES = {
+    "fusion pays": fusion_pays,
+    "trend": trend,
+    "picture": lambda results: "![difference to the standard skip](differences.png)",
+    "all differences": lambda results: skip_differences(results.values()),
+    "scores": lambda results: table_2(results.values()),
+}
+
+
+def make_page():
+    """Write the page and its picture from the finished cells."""
+    paths = {cell: RESULTS / f"{cell_name(*cell)}.json" for cell in all_cells()}
+    results = {cell: read_scores(path) for cell, path in paths.items() if path.exists()}
+    page = RESULTS / "README.md"
+    text = fill_page(page, TABLES, results)
+    with write_atomic(RESULTS / "differences.png") as file:
+        draw_picture(results).save(file)
+    with write_atomic(page) as file:
+        file.write(text.encode())
+    print_progress(f"{page}: {len(results)} of {len(paths)} cells\n")
+
+
+# -----------------------------------------------------------------------------
+# The command
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=number(int), default=os.cpu_count(), metavar="N",
+                        help="cells at a time, one thread each (default: as many as CPU cores)")
+    parser.add_argument("--report", action="store_true", help="train nothing, make the page anew")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    """Train what is missing and make the page; ValueError if a cell has failed."""
+    failed = []
+    if not args.report:
+        for folder in RUNS, RESULTS:
+            folder.mkdir(parents=True, exist_ok=True)
+        sets = dict.fromkeys(which for which, _, _ in all_cells())
+        for of_one_grain in group_by(sets, lambda which: which[1]).values():
+            draw_sets(of_one_grain)
+        failed = train_cells(all_cells(), args.jobs)
+    make_page()
+    if failed:
+        raise ValueError(f"{len(failed)} cells failed, first {failed[0]}; the same command tries "
+                         "them again")
+
+
+if __name__ == "__main__":
+    run_cli(main, parse_args, "the same command goes on where it was")
