@@ -313,7 +313,7 @@ def update_average(average, model, step, decay):
 
 
 def memory_format_for(device, bf16):
-    """How maps lie in memory: as half precision likes it; in float32 on a CPU that is slower."""
+    """How maps lie in memory: as half precision likes it; float32 is slower so on many CPUs."""
     return torch.channels_last if bf16 or device.type == "cuda" else torch.contiguous_format
 
 
