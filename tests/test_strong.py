@@ -249,7 +249,7 @@ def test_whole_images_are_scored_beside_tiles_and_on_other_masks(strong, root, c
     assert views["global"] == plain["global"] and views["whole"] != plain["whole"]
     assert other["whole"] != plain["whole"] and other["data"] == "other"
     out = capsys.readouterr().out
-    assert "whole, per image" in out and "whole, global" in out
+    assert "per whole image" in out and "whole images" in out
 
 
 def test_a_perfect_network_scores_one_on_whole_images(wholes, monkeypatch):
