@@ -257,7 +257,7 @@ def generator(*numbers):
 
 
 def read_tiles(tiles, indices, device):
-    """Take tiles out of the set as they are stored -> what `to_batch` takes, pinned for CUDA.
+    """Cut tiles out of the set as they are stored -> what `to_batch` takes, pinned for CUDA.
 
     Touches no other device than the set's, so that a thread may do it ahead: MPS bears only one.
     """
@@ -298,8 +298,7 @@ def to_batch(arrays, device):
 
 
 def get_batch(tiles, indices, device):
-    """Take tiles out of the set -> images (n, 3, 224, 224) float, 0..1, masks (n, 224, 224) int64.
-    """
+    """Cut tiles out of the set -> images (n, 3, 224, 224) float 0..1, masks (n, 224, 224) int64."""
     return to_batch(read_tiles(tiles, indices, device), device)
 
 

@@ -187,8 +187,7 @@ def table_2(results):
 
 
 def mean_and_deviation(values):
-    """Mean ± standard deviation in percent, of what there is; of one value there is no deviation.
-    """
+    """Mean ± standard deviation in percent, of what there is; one value has no deviation."""
     values = [value for value in values if value is not None]
     spread = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return percent(statistics.mean(values) if values else None) + spread
