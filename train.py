@@ -50,8 +50,9 @@ def parse_args(argv=None):
     parser.add_argument("--skip-depth", type=number(int, most=MOST_SKIP_DEPTH), metavar="N",
                         help="of conv and fusion: N 1x1 convolutions, ReLU between them, where the "
                              "paper has one (default: 1)")
-    parser.add_argument("--data", default="synthetic", help="monuseg, monuseg-exact, bcss, bcss512, a "
-                        "prepared set of your own (default: synthetic, drawn on the spot)")
+    parser.add_argument("--data", default="synthetic", help="monuseg, monuseg-exact, bcss, "
+                        "bcss512, a prepared set of your own (default: synthetic, drawn on the "
+                        "spot)")
     parser.add_argument("--classes", type=number(int, above=2, most=22), metavar="K",
                         help="of synthetic: regions and nuclei of 3 to 22 classes in place of "
                              "nuclei alone; the tiles are the same for every K, and the labels "
