@@ -328,6 +328,7 @@ def test_scores_of_a_run_are_as_a_report_takes_them(whole, tmp_path):
 def test_the_committed_page_is_what_its_runs_give(tmp_path):
     committed = ROOT / "results/README.md"
     (tmp_path / "page.md").write_bytes(committed.read_bytes())
-    report.main(report.parse_args([*map(str, sorted(ROOT.glob("results/runs/*.json"))),
-                                   "--page", str(tmp_path / "page.md")]))
+    paths = [path for folder in ("runs", "whole")
+             for path in sorted(ROOT.glob(f"results/{folder}/*.json"))]
+    report.main(report.parse_args([*map(str, paths), "--page", str(tmp_path / "page.md")]))
     assert (tmp_path / "page.md").read_bytes() == committed.read_bytes()
