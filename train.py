@@ -171,7 +171,7 @@ def main(args):
     run |= resume(args, run, raw_model, scored, optimizer, scaler)
     log, losses, total = run["log"], run["losses"].to(device), args.epochs * num_steps
     if run["step"] == total and on_rank_0((args.out / "scores.json").exists):
-        print(f"{args.out} is finished, its scores are in scores.json; more --epochs train further")
+        print(f"{args.out} is finished, its scores are in scores.json")
         metrics = on_rank_0(read_scores, args.out / "scores.json")
         leave_processes()
         return metrics["per_tile"]["iou"]
