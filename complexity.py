@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from plots import draw_error_bars
+from raw import COLUMNS
 from report import (fill_page, group_by, markdown, mean_and_error, read_scores, skip_differences,
                     table_2)
 from synthetic import NAMES, merge, tissue_tile
@@ -87,8 +88,8 @@ def draw_sets(sets):
                 "split": "official", "recipe": "bcss" if k > 1 else "monuseg"}
         (folder / "set.json").write_text(json.dumps(info, indent=1))
         with open(folder / "tiles.csv", "w", newline="") as file:
-            csv.writer(file).writerows([("image", "row", "column", "official", "top", "left"), *(
-                (f"tile-{tile:03}", 0, 0, part, 0, 0) for tile, part in enumerate(parts))])
+            csv.writer(file).writerows([COLUMNS, *((f"tile-{tile:03}", 0, 0, part, 0, 0)
+                                                   for tile, part in enumerate(parts))])
         folder.rename(DATA / set_name(k, grain))
 
 

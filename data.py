@@ -267,8 +267,9 @@ def read_tiles(tiles, indices, device):
 
 
 def read_windows(tiles, wholes, indices, places, scale, device):
-    """Cut windows out of the whole images of some tiles, with room around them to turn and grow.
+    """Cut windows out of the whole images of some tiles -> what `to_batch` takes, pinned for CUDA.
 
+    Each piece has room around the window to turn and grow, see `window_side`.
     places (n, 2): where their centres lie, 0..1 of the way that a tile can move within its image.
     """
     side, pieces = window_side(scale), []
@@ -286,7 +287,7 @@ def window_side(scale):
 
 
 def pinned(arrays, tiles, device):
-    """The same in memory from which CUDA copies without waiting."""
+    """The set's tensors `arrays`, for CUDA in memory from which it copies without waiting."""
     pin = torch.device(device).type == "cuda" and not tiles.images.is_cuda
     return [array.pin_memory() for array in arrays] if pin else arrays
 
@@ -317,9 +318,10 @@ def train_batches(tiles, indices, batch_size, seed, first_step, last_step, devic
     process's share of the batch size. Every epoch has an order of its own, and leaves out the tiles
     of an incomplete batch. Chance depends on the seed and the step alone, so that resuming needs no
     generator's state; PyTorch's own generator is seeded, too, for what the network draws.
-    `augmentations` are names of WARPS and COLOURS in one text, or "all", or "none". With `wholes`,
-    as `whole_images` returns them, a tile stands for a window anywhere in its image, whose scale
-    varies by up to exp(+-windows). `stain` is the strength of the stains' variation.
+    `augmentations` are names of WARPS and COLOURS in one text, or "all", or "none". With `windows`
+    above 0 a tile stands for a window anywhere in its image, one of `wholes` as `whole_images`
+    returns them, whose scale varies by up to exp(+-windows). `stain` is the strength of the stains'
+    variation; 0 leaves either out.
     """
     names = [*WARPS, *COLOURS] if augmentations == "all" else augmentations.split()
     steps = len(indices) // batch_size  # in an epoch
@@ -328,7 +330,7 @@ def train_batches(tiles, indices, batch_size, seed, first_step, last_step, devic
         epoch, place = divmod(step, steps)
         order = torch.randperm(len(indices), generator=generator(seed, epoch + 1))
         batch = indices[order[place * batch_size:(place + 1) * batch_size]][rank::world_size]
-        if not wholes:
+        if not windows:
             return read_tiles(tiles, batch, device)
         places = torch.rand(batch_size, 2, generator=generator(seed, epoch + 1, place, "windows"))
         return read_windows(tiles, wholes, batch, places[rank::world_size], windows, device)
@@ -341,7 +343,7 @@ def train_batches(tiles, indices, batch_size, seed, first_step, last_step, devic
                 next_batch = reader.submit(fetch, step + 1)
             epoch, place = divmod(step, steps)
             chance = generator(seed, epoch + 1, place)
-            draws = draw_augmentation(batch_size, chance, names, windows if wholes else None, stain)
+            draws = draw_augmentation(batch_size, chance, names, windows, stain)
             torch.manual_seed(chance.initial_seed() + rank)
             yield augment(images, masks, {name: values[rank::world_size]
                                           for name, values in draws.items()})
@@ -401,14 +403,14 @@ WARPS = ("flip", "rotation", "grid", "elastic")
 COLOURS = {"brightness": (draw_brightness, change_brightness)}
 
 
-def draw_augmentation(n, generator, names=(*WARPS, *COLOURS), windows=None, stain=0.0):
+def draw_augmentation(n, generator, names=(*WARPS, *COLOURS), windows=0.0, stain=0.0):
     """Draw the random parameters of n tiles: small tensors on the CPU, the same for any device.
 
     matrix (n, 2, 2): flips and rotation; columns, rows (n, 6): the grid's distorted lines, -1..1;
     elastic (n, 2, 10, 10): shifts at the grid's points; brightness (n, 1): factors. A warp that is
-    not in `names` is drawn as well but changes nothing, so that the others stay what they are. For
-    windows of varied scale also zoom (n,): a window's share of the piece that was cut out for it;
-    for stains of varied strength (above 0) also stain (n, 2, 3): factors and shifts.
+    not in `names` is drawn as well but changes nothing, so that the others stay what they are. With
+    `windows` above 0 also zoom (n,): a window's share of the piece that was cut out for it; with
+    `stain` above 0 also stain (n, 2, 3): factors and shifts.
     """
     def happens(name, *shape):
         return chance(*shape, generator=generator) * (name in names)
@@ -424,7 +426,7 @@ def draw_augmentation(n, generator, names=(*WARPS, *COLOURS), windows=None, stai
     draws = {"matrix": rotation * flips[:, None], "columns": lines[:, 0], "rows": lines[:, 1],
              "elastic": elastic} | {name: draw(n, generator) for name, (draw, _) in COLOURS.items()
                                     if name in names}
-    if windows is not None:
+    if windows:
         scale = (windows * uniform(n, generator=generator)).exp()
         draws["zoom"] = scale * TILE / window_side(windows)
     if stain:

@@ -131,7 +131,7 @@ def evaluate_whole(model, tiles, wholes, num_classes, device, tta):
     """
     model.eval()
     confusions = []
-    for name, whole in wholes.items():
+    for whole in wholes.values():
         image, mask = cut(tiles, whole, 0, 0, *whole.size)
         bands = predict_bands(model, Image.fromarray(image.cpu().numpy()), num_classes, device,
                               tta=tta)
@@ -184,7 +184,10 @@ def open_data(checkpoint, path, data_root, data=None):
 
 
 class Ensemble(nn.Module):
-    """Several networks of one kind as one: the mean of their logits."""
+    """Several networks of one kind as one: the mean of their logits.
+
+    images (N, 3, H, W) float -> logits (N, num_classes, H, W), as each of them takes and gives.
+    """
 
     def __init__(self, models):
         super().__init__()
@@ -196,12 +199,13 @@ class Ensemble(nn.Module):
 
 
 def build_ensemble(checkpoints):
-    """The networks of {path: checkpoint} as one; ValueError if kind or test tiles differ."""
+    """The networks of {path: checkpoint} as one; ValueError if kind, tiles or classes differ."""
     (first, one), *others = checkpoints.items()
     for path, other in others:
-        if (other["args"]["model"], other["split"]) != (one["args"]["model"], one["split"]):
-            raise ValueError(f"{path}: is of another network or other tiles than {first}: an "
-                             "ensemble has one kind of both")
+        if any(other[name] != one[name] for name in ("split", "num_classes")) or (
+                other["args"]["model"] != one["args"]["model"]):
+            raise ValueError(f"{path}: is of another network, other tiles or other classes than "
+                             f"{first}: an ensemble has one kind of each")
     return Ensemble([build_model(checkpoint, path) for path, checkpoint in checkpoints.items()])
 
 

@@ -54,6 +54,7 @@ SETS["monuseg-exact"] = SETS["monuseg"]  # the same tiles, their nuclei drawn by
 # needed.
 
 ARRAYS = {"images": (TILE, TILE, 3), "masks": (TILE, TILE)}  # shape of a tile in each
+COLUMNS = ("image", "row", "column", "official", "top", "left")  # of tiles.csv
 
 # -----------------------------------------------------------------------------
 # Reading raw files
@@ -469,7 +470,7 @@ def prepare(data, folders, root, **options):
     source = {"from": [str(Path(folder).absolute()) for folder in folders]}
     (working / "set.json").write_text(json.dumps(info | source, indent=1), encoding="utf-8")
     with open(working / "tiles.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("image", "row", "column", "official", "top", "left"), *rows])
+        csv.writer(file).writerows([COLUMNS, *rows])
     working.rename(final)
     for name in progress.name, ".lock":
         Path(final, name).unlink()

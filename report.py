@@ -55,7 +55,7 @@ SCORES = {"args": ARGS, "recipe_version": int, "weights": str, "log": LOG, "seco
 KNOWN = {"recipe": RECIPES, "split": SPLITS, "model": MODELS, "skip": SKIPS}
 # What `eval.py --whole --json` writes, of each network.
 WHOLE = {"args": ARGS, "recipe_version": int, "weights": str, "data": str, "tta": bool,
-         "whole": AVERAGE, "images": {str: float}}
+         "whole": AVERAGE, "images": {str: float | None}}
 
 
 def read_json(path):
@@ -72,7 +72,7 @@ def read_results(paths):
     for path in paths:
         content = read_json(path)
         if not isinstance(content, list):
-            runs.append(read_scores(path))
+            runs.append(check_scores(content, path))
         elif wrong := first_mismatch(content, [WHOLE]):
             raise ValueError(f"{path}: not the scores.json of a run, nor what eval.py --whole "
                              f"--json writes ({wrong} missing or not as it should be)")
@@ -83,7 +83,11 @@ def read_results(paths):
 
 def read_scores(path):
     """Read a scores.json -> result; ValueError if it is none."""
-    result = read_json(path)
+    return check_scores(read_json(path), path)
+
+
+def check_scores(result, path):
+    """The content of a scores.json as it is; ValueError naming its path if it is none."""
     wrong = first_mismatch(result, SCORES)
     if not wrong:
         args = {"recipe": result["args"]["data"]} | result["args"]
@@ -278,25 +282,29 @@ def time_to_paper(results):
                      "Best validation IoU", "Whole run", "The paper's whole run"], rows)
 
 
-def whole_images(results):
-    """Dice of whole test images, mean ± standard deviation over seeds, by masks and views."""
-    def members(result):
-        return len(result.get("ensemble", [0]))
+def whole_image_dice(results):
+    """Dice of whole test images, mean ± standard deviation over seeds, by masks and views.
 
-    results = [result for result in results if "whole" in result]
-    scored = group_by(results, lambda result: (result["data"], 8 if result["tta"] else 1))
-    rows = []
+    A cell says its number of runs if that is not all of its row's; ValueError for two of one seed.
+    """
+    def column(result):
+        return f"{result['data']}, {'8 views' if result['tta'] else '1 view'}"
+
+    rows, results = [], [result for result in results if "whole" in result]
+    columns = [*group_by(results, column)]
     for (trained, name, skip, n), group in group_by(results, lambda result: (
             "{data}, {split}".format(**result["args"]), label(result), result["args"]["skip"],
-            members(result))).items():
-        cells = []
-        for columns in scored.values():
-            cells.append(mean_and_deviation([result["whole"]["f1"] for result in columns
-                                             if result in group]))
-        seeds = len({result["args"]["seed"] for result in group})
+            len(result.get("ensemble", [0])))).items():
+        runs, cells = len({result["args"]["seed"] for result in group}), []
+        for title in columns:
+            scored = [result for result in group if column(result) == title]
+            if len({result["args"]["seed"] for result in scored}) < len(scored):
+                raise ValueError(f"two results of {trained}, {name}, {skip} have one seed on "
+                                 f"{title}: a mean over seeds takes each once")
+            told = f" (n = {len(scored)})" if 0 < len(scored) < runs else ""
+            cells.append(mean_and_deviation([result["whole"]["f1"] for result in scored]) + told)
         rows.append([trained, name, skip, *cells,
-                     f"ensemble of {n}" if n > 1 else f"{seeds} run{'s' if seeds > 1 else ''}"])
-    columns = [f"{data}, {views} view{'s' if views > 1 else ''}" for data, views in scored]
+                     f"ensemble of {n}" if n > 1 else f"{runs} run{'s' if runs > 1 else ''}"])
     return markdown(["Trained on", "Model", "Skip", *columns, "Of"], rows)
 
 
@@ -344,7 +352,7 @@ TABLES = {
     "curves": curves,
     "recipes": lambda results: markdown(["Recipe", "What it is"], RECIPE_VERSIONS.items()),
     "commands": commands,
-    "whole images": whole_images,  # of results of eval.py --whole
+    "whole images": whole_image_dice,  # of results of eval.py --whole
 }
 
 
@@ -386,7 +394,7 @@ def parse_args(argv=None):
 def main(args):
     """Draw the curves, then write the page; ValueError if a file or the page cannot be used."""
     results, wholes = read_results(args.scores)
-    tables = TABLES | {"whole images": lambda _: whole_images(wholes)}
+    tables = TABLES | {"whole images": lambda _: whole_image_dice(wholes)}
     page = fill_page(args.page, tables, results)
     for picture, runs in training_curves(results).items():
         with write_atomic(args.page.with_name(picture)) as file:

@@ -230,18 +230,18 @@ def main(args):
             continue
 
         # Validate, and write all that it takes to go on, the log, and the best epoch's weights.
-        row = validate(args, epoch + 1, scored, tiles, parts["val"], loss_fn, device, rank,
-                       world_size)
-        log.append({"epoch": epoch + 1, "train_loss": losses.mean().item(), **row})
+        row = {"epoch": epoch + 1, "train_loss": losses.mean().item(),
+               **validate(args, epoch + 1, scored, tiles, parts["val"], loss_fn, device, rank,
+                          world_size)}
+        log.append(row)
         run["seconds"].append(time.time() - clock)
         save_last()
         saved = time.time()
         if rank == 0:
             finish_epoch(args.out, log, save)
-        print_progress(f"epoch {epoch + 1}/{args.epochs}: train loss {log[-1]['train_loss']:.4f}, "
-                       f"val loss {log[-1]['val_loss']:.4f}, val IoU "
-                       f"{100 * log[-1]['val_iou_per_tile']:.2f} F1 "
-                       f"{100 * log[-1]['val_f1_per_tile']:.2f} per tile, {speed:.1f} images/s, "
+        print_progress(f"epoch {epoch + 1}/{args.epochs}: train loss {row['train_loss']:.4f}, val "
+                       f"loss {row['val_loss']:.4f}, val IoU {100 * row['val_iou_per_tile']:.2f} "
+                       f"F1 {100 * row['val_f1_per_tile']:.2f} per tile, {speed:.1f} images/s, "
                        f"{eta} left\n")
         model.train()
 
@@ -300,10 +300,10 @@ def build_training(args, num_classes, device):
 
 @torch.no_grad()
 def update_average(average, model, step, decay):
-    """Move the average of the weights a little towards those after this step, counted from 0.
+    """Move `average`, a network, a little towards `model`, the same one after this step.
 
-    It forgets faster in the beginning, when what there is to remember is worse. BatchNorm's
-    statistics are averaged as well.
+    `step` counts from 0, `decay` is 0..1: what stays of the average. It forgets faster in the
+    beginning, when what there is to remember is worse. BatchNorm's statistics are averaged, too.
     """
     decay = min(decay, (step + 1) / (step + 10))
     for mean, value in zip(average.state_dict().values(), model.state_dict().values()):
@@ -347,6 +347,8 @@ def resume(args, run, model, scored, optimizer, scaler):
         return {name: checkpoint[name] for name in run if name != "args"}
     if MODELS[args.model].pretrained and not args.no_pretrained:
         weights = on_rank_0(model.load_pretrained, args.weights)
+        for value in model.state_dict().values() if dist.is_initialized() else ():
+            dist.broadcast(value, 0)
         scored.load_state_dict(model.state_dict())
         return {"weights": weights}
     return {}
@@ -406,8 +408,8 @@ def wrap(model, compiled, device, world_size):
 
 def validate(args, epoch, model, tiles, indices, loss_fn, device, rank, world_size):
     """Score the validation tiles -> a row of the log."""
-    for value in model.state_dict().values() if world_size > 1 else ():
-        dist.broadcast(value, 0)  # of BatchNorm's statistics and averages each has its own
+    for buffer in model.buffers() if world_size > 1 else ():
+        dist.broadcast(buffer, 0)  # on CPUs each process has its own BatchNorm statistics
     confusions, losses = evaluate(model, tiles, indices, loss_fn, device, args.batch_size, rank,
                                   world_size, args.bf16)
     check_finite(losses, epoch, "validation tile", args.out)

@@ -1,5 +1,6 @@
 """What several test files share: where things are, made-up tiles, and a small finished run."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -97,6 +98,18 @@ def whole(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         use_made_up_tiles(patch)
         return SimpleNamespace(score=fit(out), out=out)
+
+
+def stop_before_batch(patch, number):
+    """Interrupt the next run when it comes to this batch."""
+    count = itertools.count(1)
+
+    def augment(*args):
+        if next(count) == number:
+            raise KeyboardInterrupt
+        return original(*args)
+    original = data.augment
+    patch.setattr(data, "augment", augment)
 
 
 class Code:

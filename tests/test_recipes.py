@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import arguments, fit, load, made_up_tiles, refused
+from conftest import arguments, fit, load, made_up_tiles, refused, stop_before_batch
 
 import data
 import eval as evaluation
@@ -124,15 +124,9 @@ def test_every_flag_changes_the_run_and_is_held_to_on_resume(tmp_path, capsys, w
 def test_flags_together_resume_to_the_bit(tmp_path, monkeypatch):
     flags = ("--loss bce+dice --schedule cosine --weight-decay 0.05 --augment flip brightness "
              "--save-every 0.000001").split()
-    score, augment, count = fit(tmp_path / "whole", *flags), data.augment, iter(range(99))
-
-    def stop(*args):
-        if next(count) == 6:
-            raise KeyboardInterrupt
-        return augment(*args)
-
+    score = fit(tmp_path / "whole", *flags)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data, "augment", stop)
+        stop_before_batch(patch, 7)
         fit(tmp_path / "run", *flags)
     assert fit(tmp_path / "run", *flags, "--resume") == score
     one, other = (load(tmp_path / name / "last.pt")["model"] for name in ("run", "whole"))

@@ -224,7 +224,7 @@ def test_dice_of_whole_images_is_a_mean_over_seeds_by_masks_and_views(tmp_path):
     def whole(seed, dice, **more):
         args = RUNS[0]["args"] | {"seed": seed, "split": "official", "data": "monuseg"}
         return {"args": args, "recipe_version": 3, "weights": "from scratch", "data": "monuseg",
-                "tta": False, "whole": {"iou": 0.5, "f1": dice}, "images": {}} | more
+                "tta": False, "whole": {"iou": 0.5, "f1": dice}, "images": {"a": None}} | more
 
     files = {"one": [whole(0, 0.81), whole(1, 0.83)], "two": [whole(0, 0.84, tta=True)],
              "three": [whole(0, 0.85, data="monuseg-exact", ensemble=["a", "b"])]}
@@ -236,8 +236,10 @@ def test_dice_of_whole_images_is_a_mean_over_seeds_by_masks_and_views(tmp_path):
     table = page.read_text("utf-8").split("<!-- whole images -->\n")[1].splitlines()
     assert table[0].split(" | ")[3:6] == ["monuseg, 1 view", "monuseg-exact, 1 view",
                                           "monuseg, 8 views"]
-    assert table[2].split(" | ")[3:] == ["82.00 ± 1.41", "-", "84.00", "2 runs |"]
+    assert table[2].split(" | ")[3:] == ["82.00 ± 1.41", "-", "84.00 (n = 1)", "2 runs |"]
     assert table[3].split(" | ")[3:] == ["-", "85.00", "-", "ensemble of 2 |"]
+    with pytest.raises(ValueError, match="two results of monuseg, official, .* on monuseg, 1 view"):
+        report.whole_image_dice([*files["one"], whole(1, 0.9)])
 
 
 def test_curves_are_drawn_beside_the_page_that_shows_them(tmp_path):

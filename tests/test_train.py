@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import NOT_CHECKPOINTS, PARTS, ROOT, arguments, edited, fit, load, made_up_tiles
+from conftest import (NOT_CHECKPOINTS, PARTS, ROOT, arguments, edited, fit, load, made_up_tiles,
+                      stop_before_batch)
 from conftest import refused as refused_by
 from PIL import Image
 from torch import nn
@@ -120,18 +121,6 @@ def start(tmp_path, monkeypatch):
 def wait_for_save(process, path, since=0):
     while process.is_alive() and not (path.exists() and path.stat().st_mtime_ns > since):
         time.sleep(0.001)
-
-
-def stop_before_batch(patch, number):
-    """Interrupt the next run when it comes to this batch."""
-    count = itertools.count(1)
-
-    def augment(*args):
-        if next(count) == number:
-            raise KeyboardInterrupt
-        return original(*args)
-    original = data.augment
-    patch.setattr(data, "augment", augment)
 
 
 # What a run leaves behind
