@@ -27,7 +27,7 @@ from utils import first_mismatch, number, run_cli, to_device, write_atomic
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INFO = {"classes": [str], "scale": float, "split": str, "recipe": str}  # what SETS tells of a set
-SPLITS = ("tile", "image", "official")  # see `split_tiles`
+SPLITS = ("tile", "image", "official", "official-all")  # see `split_tiles`
 
 
 @dataclass
@@ -152,15 +152,18 @@ def split_tiles(data, rows, split):
     on both sides. BCSS: its test tiles have no masks, so 4,021 validation tiles are the test set.
     BCSS512: so are 600 training tiles. image: the same shares of whole images, or regions.
     official: the parts that the set came in; where it has none to validate on, as MoNuSeg, a fifth
-    of the training images does. Raises ValueError where a part would be empty.
+    of the training images does. official-all: the same, but trains on what validates as well, for a
+    last run whose flags are settled. Raises ValueError where a part would be empty.
     """
     everything = range(len(rows))
     official = {part: [i for i in everything if rows[i][3] == part]
                 for part in ("train", "val", "test")}
-    if split == "official":
+    if split.startswith("official"):
         train, val, test = official.values()
         if not val:
             val, train = split_by_hash(rows, train, 1 / 5, "image")
+        if split == "official-all":
+            train = train + val
     elif data == "bcss512":
         val = official["val"]
         test, train = split_by_hash(rows, official["train"], 600 / 6000, split)

@@ -284,6 +284,16 @@ def test_a_new_image_moves_hardly_any_tile(how, limit):
     assert sum(before[tile] != after[tile] for tile in before) <= limit  # shares of a larger whole
 
 
+@pytest.mark.parametrize("own_val", [False, True])
+def test_official_all_trains_on_the_validation_images_too_and_tests_on_the_same(own_val):
+    rows = [(*row[:3], "val" if own_val and row[0].endswith("00") else row[3]) for row in ROWS]
+    some, everything = (data.split_tiles("monuseg", rows, how)
+                        for how in ("official", "official-all"))
+    assert sorted(everything["train"].tolist()) == [i for i, row in enumerate(rows)
+                                                    if row[3] != "test"]
+    assert all(some[part].equal(everything[part]) for part in ("val", "test"))
+
+
 def test_split_that_leaves_a_part_empty_is_refused():
     with pytest.raises(ValueError, match="official.*test"):
         data.split_tiles("monuseg", [row for row in ROWS if row[3] == "train"], "official")
