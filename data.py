@@ -27,7 +27,7 @@ from utils import first_mismatch, number, run_cli, to_device, write_atomic
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INFO = {"classes": [str], "scale": float, "split": str, "recipe": str}  # what SETS tells of a set
-SPLITS = ("tile", "image", "official", "official-all")  # see `split_tiles`
+SPLITS = ("tile", "image", "official", "official-sites", "official-all")  # see `split_tiles`
 
 
 @dataclass
@@ -138,8 +138,14 @@ def synthetic(n=100, num_classes=1):
 
 
 def split_by_hash(rows, pool, fraction, unit):
-    """Draw whole units, tiles or source images, from `pool` -> (drawn, rest), lists of indices."""
-    names = {i: f"{rows[i][:3] if unit == 'tile' else rows[i][0]}" for i in pool}
+    """Draw whole units from `pool` -> (drawn, rest), lists of indices.
+
+    A unit is a tile, a source image, or a tissue source site (mostly a hospital): images whose
+    names share their first two parts, as TCGA-B0.
+    """
+    name_of = {"tile": lambda row: f"{row[:3]}", "image": lambda row: row[0],
+               "site": lambda row: "-".join(row[0].split("-")[:2])}[unit]
+    names = {i: name_of(rows[i]) for i in pool}
     order = sorted(set(names.values()), key=lambda name: hashlib.sha256(name.encode()).digest())
     chosen = set(order[:round(fraction * len(order))])
     return [i for i in pool if names[i] in chosen], [i for i in pool if names[i] not in chosen]
@@ -152,15 +158,19 @@ def split_tiles(data, rows, split):
     on both sides. BCSS: its test tiles have no masks, so 4,021 validation tiles are the test set.
     BCSS512: so are 600 training tiles. image: the same shares of whole images, or regions.
     official: the parts that the set came in; where it has none to validate on, as MoNuSeg, a fifth
-    of the training images does. official-all: the same, but trains on what validates as well, for a
-    last run whose flags are settled. Raises ValueError where a part would be empty.
+    of the training images does. official-sites: as official, but what validates comes from tissue
+    source sites that are not trained on, as the test images do. official-all: as official, but
+    trains on what validates as well, for a last run whose flags are settled. Raises ValueError
+    where a part would be empty.
     """
     everything = range(len(rows))
     official = {part: [i for i in everything if rows[i][3] == part]
                 for part in ("train", "val", "test")}
     if split.startswith("official"):
         train, val, test = official.values()
-        if not val:
+        if split == "official-sites":
+            val, train = split_by_hash(rows, train + val, 1 / 5, "site")
+        elif not val:
             val, train = split_by_hash(rows, train, 1 / 5, "image")
         if split == "official-all":
             train = train + val

@@ -59,7 +59,8 @@ def parse_args(argv=None):
                              "K to 21 are merged into those that they are part of")
     parser.add_argument("--split", choices=SPLITS,
                         help="what is drawn for testing: tiles as in the paper, whole images (the "
-                             "default of own sets), or the parts that the set came in; "
+                             "default of own sets), or the parts that the set came in: "
+                             "official-sites validates on other hospitals than it trains on, "
                              "official-all trains on what validates, too")
     parser.add_argument("--seed", type=number(int, above=-1, most=2**63 - 1), default=0,
                         help="of all chance but the split's (default: 0)")

@@ -284,6 +284,16 @@ def test_a_new_image_moves_hardly_any_tile(how, limit):
     assert sum(before[tile] != after[tile] for tile in before) <= limit  # shares of a larger whole
 
 
+def test_official_sites_validates_on_sites_that_it_does_not_train_on():
+    rows = [(f"TCGA-{site}-{i}", 0, column, part) for site in "ABCDEFGHIJ" for i in range(3)
+            for column in range(2) for part in ["test" if site == "A" else "train"]]
+    parts = data.split_tiles("monuseg", rows, "official-sites")
+    sites = {part: {rows[i][0].split("-")[1] for i in indices} for part, indices in parts.items()}
+    assert sites["test"] == {"A"} and len(sites["val"]) == 2 and len(sites["train"]) == 7
+    assert sites["train"] | sites["val"] == set("BCDEFGHIJ")
+    assert sum(map(len, parts.values())) == len(rows)
+
+
 @pytest.mark.parametrize("own_val", [False, True])
 def test_official_all_trains_on_the_validation_images_too_and_tests_on_the_same(own_val):
     rows = [(*row[:3], "val" if own_val and row[0].endswith("00") else row[3]) for row in ROWS]
