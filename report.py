@@ -106,11 +106,15 @@ def flags(result):
     """The flags of train.py by which a run differs from the paper's; empty where it does not."""
     args = result["args"]
     words = ["--recipe strong"] if args.get("recipe", "").endswith(" strong") else []
-    words += [f"--{name.replace('_', '-')} {'' if value is True else value}".strip()
-              for name, value in recipe_overrides(args).items()]
+    words += [flag(name, value) for name, value in recipe_overrides(args).items()]
     if MODELS[args["model"]].pretrained and result["weights"] == "from scratch":
         words.append("--no-pretrained")
     return " ".join(words)
+
+
+def flag(name, value):
+    """An argument of a run as it is given to train.py."""
+    return f"--{name.replace('_', '-')} {'' if value is True else value}".strip()
 
 
 def label(result):
@@ -263,6 +267,39 @@ def pairs_needed(differences):
     return max(2, math.ceil((1.96 + 0.84)**2 * 100**2 * statistics.variance(differences)))
 
 
+def one_flag_more(results):
+    """What one flag more changes in the IoU per tile, of validation and of test, seed by seed.
+
+    Scores of runs are followed by the differences that every single flag makes with which they were
+    repeated, in the network, data and split of the same seed.
+    """
+    rows = []
+    groups = group_by((result for result in results if result["per_tile"]["iou"] is not None),
+                      lambda result: (result["args"]["data"], result["args"]["split"],
+                                      result["args"]["skip"], result["args"].get("recipe"),
+                                      result["args"]["model"], result["recipe_version"],
+                                      result["weights"]))
+    for (data, split, skip, *_), group in groups.items():
+        labels, ious = {}, {}  # by what differs from the recipe; the latter also by seed
+        for result in group:
+            base = frozenset(recipe_overrides(result["args"]).items())
+            labels[base] = label(result)
+            ious.setdefault(base, {})[result["args"]["seed"]] = (
+                max(row["val_iou_per_tile"] for row in result["log"]), result["per_tile"]["iou"])
+        for base, without in ious.items():
+            changes = []
+            for more, others in ious.items():
+                pairs = [(others[seed], without[seed]) for seed in sorted(without) if seed in others]
+                if base < more and len(more - base) == 1 and pairs:
+                    changes.append(["", flag(*next(iter(more - base))), "", *(mean_and_error(
+                        [other[k] - one[k] for other, one in pairs]) for k in (0, 1))])
+            if changes:
+                rows += [[f"{data}, {split}", labels[base], skip, *map(
+                    mean_and_deviation, zip(*without.values()))], *changes]
+    return markdown(["Data, split", "Model; one flag more", "Skip", "Validation IoU", "Test IoU"],
+                    rows)
+
+
 def time_to_paper(results):
     """How long training takes until the validation IoU, per tile, passes the paper's test IoU."""
     rows = []
@@ -348,6 +385,7 @@ TABLES = {
     "parameters": table_1,
     "scores": table_2,
     "skip differences": skip_differences,
+    "one flag more": one_flag_more,
     "time to the paper's score": time_to_paper,
     "curves": curves,
     "recipes": lambda results: markdown(["Recipe", "What it is"], RECIPE_VERSIONS.items()),

@@ -116,6 +116,23 @@ def test_skips_stand_in_their_own_order_and_all_are_compared_with_the_first():
         f"{skip} - {first}" for skip in others]
 
 
+def test_one_flag_more_is_compared_with_the_same_seed_without_it():
+    def run(seed, validation, test, *flags):
+        return scores("standard", seed, [test] * 3, *flags, ious=(0.1, validation, 0.2))
+
+    runs = [run(0, 0.60, 0.50), run(1, 0.64, 0.54), run(0, 0.70, 0.45, "--lr", "0.01"),
+            run(1, 0.72, 0.51, "--lr", "0.01"), run(2, 0.99, 0.99, "--lr", "0.01"),
+            run(1, 0.63, 0.54, "--width", "8"), run(2, 0.5, 0.5, "--batch-size", "4"),
+            run(0, 0.80, 0.40, "--lr", "0.01", "--width", "8"), run(0, 0.9, 0.9) | EMPTY[0]]
+    where = "monuseg, tile"
+    assert cells(report.one_flag_more(runs)) == [
+        [where, "unet", "standard", "62.00 ± 2.83", "52.00 ± 2.83"],
+        ["", "--lr 0.01", "", "+9.00 ± 1.00 (n = 2)", "-4.00 ± 1.00 (n = 2)"],
+        ["", "--width 8", "", "-1.00 (n = 1)", "+0.00 (n = 1)"],
+        [where, "unet --lr 0.01", "standard", "80.33 ± 16.20", "65.00 ± 29.60"],
+        ["", "--width 8", "", "+10.00 (n = 1)", "-5.00 (n = 1)"]]
+
+
 def test_skips_are_compared_seed_by_seed_and_image_by_image():
     conv, fusion = cells(report.skip_differences(RUNS))  # width 8 has no standard beside it
     assert conv[:3] == ["monuseg, tile", "unet", "conv - standard"]
