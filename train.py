@@ -159,8 +159,7 @@ def main(args):
     tiles, parts, wholes = open_data(args, device, world_size)
     num_classes = len(tiles.info["classes"])
     loss_fn = loss_for(num_classes, args.ignore_index, args.loss)
-    raw_model, optimizer, scaler = build_training(args, num_classes, device)
-    scored = deepcopy(raw_model) if args.ema else raw_model  # the average, or the network itself
+    raw_model, scored, optimizer, scaler = build_training(args, num_classes, device)
     num_steps = len(parts["train"]) // args.batch_size  # in an epoch
     memory_format = memory_format_for(device, args.bf16)
 
@@ -281,7 +280,8 @@ def open_data(args, device, world_size):
 
 
 def build_training(args, num_classes, device):
-    """The network with its initial weights, Adam, and the scaler that float16 needs."""
+    """The network with its initial weights, what is scored of it (its average, or itself), Adam,
+    and the scaler that float16 needs."""
     torch.manual_seed(args.seed)
     model = create_model(args.model, args.skip, num_classes, args.width, args.checkpointing,
                          args.skip_depth)
@@ -297,7 +297,7 @@ def build_training(args, num_classes, device):
                                    {"params": others, "weight_decay": 0.0}], args.lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and
                                   autocast(device).fast_dtype == torch.float16)
-    return model, optimizer, scaler
+    return model, deepcopy(model) if args.ema else model, optimizer, scaler
 
 
 @torch.no_grad()

@@ -77,7 +77,7 @@ def test_cosine_warms_up_and_falls_to_zero():
 
 def test_weights_decay_in_matrices_alone():
     args = train.parse_args("--width 2 --weight-decay 0.5 --lr 0.1".split())
-    model, optimizer, _ = train.build_training(args, 1, torch.device("cpu"))
+    model, _, optimizer, _ = train.build_training(args, 1, torch.device("cpu"))
     before = [parameter.detach().clone() for parameter in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
