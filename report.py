@@ -289,7 +289,7 @@ def one_flag_more(results):
         for base, without in ious.items():
             changes = []
             for more, others in ious.items():
-                pairs = [(others[seed], without[seed]) for seed in sorted(without) if seed in others]
+                pairs = [(others[seed], one) for seed, one in without.items() if seed in others]
                 if base < more and len(more - base) == 1 and pairs:
                     changes.append(["", flag(*next(iter(more - base))), "", *(mean_and_error(
                         [other[k] - one[k] for other, one in pairs]) for k in (0, 1))])
