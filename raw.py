@@ -163,19 +163,42 @@ def read_mask(path):
     return Image.fromarray((mask > 0).astype(np.uint8))
 
 
+def resize_thinner(mask, side):
+    """Resize a square mask of the paper's raster, by nearest pixels and half a pixel thinner.
+
+    mask (S, S), 0 or 1 -> (side, side). Pillow's outlines of a vertex a pixel, as MoNuSeg's are,
+    reach half a pixel too far, so a place stays in only if those half a pixel above, below, left
+    and right of it are in. Of the 13 training images whose polygons are at hand, that leaves 1.001
+    times the area of the exact raster in place of 1.085, and a Dice of 0.968 with it in place of
+    0.959.
+    """
+    centres = (np.arange(side) + 0.5) * len(mask) / side
+    before, at, after = ((centres + shift).clip(0, len(mask) - 1).astype(int)
+                         for shift in (-0.5, 0, 0.5))
+    return (mask[np.ix_(before, at)] & mask[np.ix_(after, at)] &
+            mask[np.ix_(at, before)] & mask[np.ix_(at, after)])
+
+
 def read_monuseg(image_path, mask_path, raster="paper"):
-    """One MoNuSeg image and its annotation -> 16 tiles: 1000 -> 896 -> 4 x 4 x 224 (paper 2.3)."""
+    """One MoNuSeg image and its annotation -> 16 tiles: 1000 -> 896 -> 4 x 4 x 224 (paper 2.3).
+
+    A mask picture has the paper's raster; for the exact one it is made thinner.
+    """
     image = read_image(image_path, ("RGB",))
     if image.size != (1000, 1000):
         raise ValueError(f"{image_path}: {image.width} x {image.height} pixels, but every MoNuSeg "
                          "image is 1000 x 1000: fetch it again")
-    if mask_path.suffix.lower() == ".xml":
-        mask = read_polygons(mask_path, image.size, raster)
-    else:
+    is_picture = mask_path.suffix.lower() != ".xml"
+    if is_picture:
         mask = read_mask(mask_path)
         check_size(image_path, image, mask_path, mask)
+    else:
+        mask = read_polygons(mask_path, image.size, raster)
+    if is_picture and raster == "exact":
+        mask = resize_thinner(np.asarray(mask), 4 * TILE)
+    else:
+        mask = np.asarray(mask.resize((4 * TILE, 4 * TILE), Image.Resampling.NEAREST))
     image = np.asarray(image.resize((4 * TILE, 4 * TILE), Image.Resampling.BILINEAR))
-    mask = np.asarray(mask.resize((4 * TILE, 4 * TILE), Image.Resampling.NEAREST))
     return (image.reshape(4, TILE, 4, TILE, 3).swapaxes(1, 2).reshape(16, TILE, TILE, 3),
             mask.reshape(4, TILE, 4, TILE).swapaxes(1, 2).reshape(16, TILE, TILE))
 
@@ -304,7 +327,7 @@ def find_monuseg(folders, later_images=False, raster="paper"):
             images.pop(name), masks.pop(name, None)
     pictures = sum(path.suffix.lower() == ".png" for path in masks.values())
     if raster == "exact" and pictures:
-        print(f"{pictures} images have only a mask picture, whose raster stays as it is")
+        print(f"{pictures} images have only a mask picture, of which half a pixel is taken off")
     return [(image, mask, [(image.stem, row, column, "test" if image.stem in MONUSEG_TEST
                             else "train", TILE * row, TILE * column)
                            for row in range(4) for column in range(4)])
