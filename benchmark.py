@@ -86,7 +86,7 @@ def build_step(args, model, skip, images, masks, device, naive=False):
         scaler = torch.amp.GradScaler(enabled=False)
     else:
         flags = argparse.Namespace(**vars(args), model=model, skip=skip, seed=0, lr=1e-3,
-                                   bf16=False, weight_decay=0.0, skip_depth=1)
+                                   bf16=False, weight_decay=0.0, ema=0.0, skip_depth=1)
         network, _, optimizer, scaler = build_training(flags, 1, device)
         network = wrap(network, args.compile, device, world_size=1)
 
