@@ -159,8 +159,8 @@ def split_tiles(data, rows, split):
     BCSS512: so are 600 training tiles. image: the same shares of whole images, or regions.
     official: the parts that the set came in; where it has none to validate on, as MoNuSeg, a fifth
     of the training images does. official-sites: as official, but what validates comes from tissue
-    source sites that are not trained on, as the test images do. official-all: as official, but
-    trains on what validates as well, for a last run whose flags are settled. Raises ValueError
+    source sites that are not trained on, as MoNuSeg's test images do. official-all: as official,
+    but trains on what validates as well, for a last run whose flags are settled. Raises ValueError
     where a part would be empty.
     """
     everything = range(len(rows))

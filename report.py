@@ -273,31 +273,36 @@ def one_flag_more(results):
     Scores of runs are followed by the differences that every single flag makes with which they were
     repeated, in the network, data and split of the same seed.
     """
-    rows = []
+    def changed(result):
+        return frozenset(recipe_overrides(result["args"]).items())
+
+    rows, ious = [], (best_validation_iou, lambda result: result["per_tile"]["iou"])
     groups = group_by((result for result in results if result["per_tile"]["iou"] is not None),
                       lambda result: (result["args"]["data"], result["args"]["split"],
                                       result["args"]["skip"], result["args"].get("recipe"),
                                       result["args"]["model"], result["recipe_version"],
                                       result["weights"]))
     for (data, split, skip, *_), group in groups.items():
-        labels, ious = {}, {}  # by what differs from the recipe; the latter also by seed
-        for result in group:
-            base = frozenset(recipe_overrides(result["args"]).items())
-            labels[base] = label(result)
-            ious.setdefault(base, {})[result["args"]["seed"]] = (
-                max(row["val_iou_per_tile"] for row in result["log"]), result["per_tile"]["iou"])
-        for base, without in ious.items():
+        runs = group_by(group, changed)
+        for base, without in runs.items():
             changes = []
-            for more, others in ious.items():
-                pairs = [(others[seed], one) for seed, one in without.items() if seed in others]
+            for more, repeated in runs.items():
+                pairs = [(one, other) for one in repeated for other in without
+                         if one["args"]["seed"] == other["args"]["seed"]]
                 if base < more and len(more - base) == 1 and pairs:
-                    changes.append(["", flag(*next(iter(more - base))), "", *(mean_and_error(
-                        [other[k] - one[k] for other, one in pairs]) for k in (0, 1))])
+                    differences = ([iou(one) - iou(other) for one, other in pairs] for iou in ious)
+                    changes.append(["", *(flag(*item) for item in more - base), "",
+                                    *map(mean_and_error, differences)])
             if changes:
-                rows += [[f"{data}, {split}", labels[base], skip, *map(
-                    mean_and_deviation, zip(*without.values()))], *changes]
+                rows += [[f"{data}, {split}", label(without[0]), skip,
+                          *(mean_and_deviation(map(iou, without)) for iou in ious)], *changes]
     return markdown(["Data, split", "Model; one flag more", "Skip", "Validation IoU", "Test IoU"],
                     rows)
+
+
+def best_validation_iou(result):
+    """Per tile, of the epoch that is tested, 0..1."""
+    return max(row["val_iou_per_tile"] for row in result["log"])
 
 
 def time_to_paper(results):
@@ -313,8 +318,9 @@ def time_to_paper(results):
         rows.append([data, label(result), skip, result["args"]["seed"], f"{paper:.2f}",
                      "not reached" if epoch is None else
                      f"{result['seconds'][epoch] / 60:.1f} min, epoch {epoch + 1}",
-                     f"{max(ious):.2f}", f"{result['seconds'][-1] / 60:.1f} min, {len(ious)} "
-                     "epochs", f"{PAPER_HOURS[data, model]} h"])
+                     percent(best_validation_iou(result)),
+                     f"{result['seconds'][-1] / 60:.1f} min, {len(ious)} epochs",
+                     f"{PAPER_HOURS[data, model]} h"])
     return markdown(["Data", "Model", "Skip", "Seed", "The paper's IoU", "Passed after",
                      "Best validation IoU", "Whole run", "The paper's whole run"], rows)
 
