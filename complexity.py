@@ -101,8 +101,8 @@ def train_cell(cell):
     if not scores.exists():
         command = [sys.executable, Path(__file__).with_name("train.py"), "--model", "unet",
                    "--skip", skip, "--data", set_name(k, grain), "--split", "official", "--seed",
-                   str(seed), *RECIPE, "--bf16", "--device", "cpu", "--resume", "--data-root", DATA,
-                   "--out", scores.parent]
+                   str(seed), *RECIPE, "--device", "cpu", "--resume", "--data-root", DATA, "--out",
+                   scores.parent]
         with open(log, "w") as output:
             status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT,
                                     env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
