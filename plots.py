@@ -20,7 +20,8 @@ PALETTE = np.array([
 GREEN = (0, 255, 0)  # shows best on stained tissue
 FOUND, FALSE_ALARM, MISSED = (255, 255, 255), (213, 94, 0), (86, 180, 233)
 LINES = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0),
-         (86, 180, 233), (0, 0, 0))
+         (86, 180, 233), (0, 0, 0), (136, 0, 255), (102, 51, 17), (17, 34, 136), (85, 255, 119),
+         (85, 68, 85))  # any two differ by at least 16, as above
 
 
 def outline(mask):

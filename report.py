@@ -114,7 +114,8 @@ def flags(result):
 
 def flag(name, value):
     """An argument of a run as it is given to train.py."""
-    return f"--{name.replace('_', '-')} {'' if value is True else value}".strip()
+    value = "" if value is True else str(value).removesuffix(".0")
+    return f"--{name.replace('_', '-')} {value}".strip()
 
 
 def label(result):

@@ -116,6 +116,13 @@ def test_skips_stand_in_their_own_order_and_all_are_compared_with_the_first():
         f"{skip} - {first}" for skip in others]
 
 
+@pytest.mark.parametrize("name, value, expected", [
+    ("stain", 0.0, "--stain 0"), ("lr", 1e-5, "--lr 1e-05"), ("ema", 0.99, "--ema 0.99"),
+    ("skip_depth", 10, "--skip-depth 10"), ("bf16", True, "--bf16")])
+def test_a_flag_is_written_as_one_would_type_it(name, value, expected):
+    assert report.flag(name, value) == expected
+
+
 def test_one_flag_more_is_compared_with_the_same_seed_without_it():
     def run(seed, validation, test, *flags):
         return scores("standard", seed, [test] * 3, *flags, ious=(0.1, validation, 0.2))
