@@ -28,7 +28,7 @@ from data import (BRIGHTNESS, CHANCE, TILE, augment, draw_augmentation, generato
                   normalize, synthetic)
 from losses import loss_for
 from models import MODELS, SKIPS, FusionSkip, create_model, resize
-from train import build_training, wrap
+from train import build_training, memory_format_for, wrap
 from utils import autocast, device_name, number, pick_device, run_cli, write_atomic
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to the terminal
@@ -76,7 +76,7 @@ def build_step(args, model, skip, images, masks, device, naive=False):
     The step is train.py's or the baseline's: the same arithmetic, from the same weights.
     """
     fast, loss_fn = device.type == "cuda" and not naive, loss_for(1)
-    memory_format = torch.channels_last if fast else torch.contiguous_format
+    memory_format = torch.contiguous_format if naive else memory_format_for(device, bf16=False)
     if naive:
         torch.manual_seed(0)
         network = create_model(model, skip, 1, args.width).to(device)

@@ -290,6 +290,21 @@ def seen(monkeypatch):
     return batches
 
 
+def test_maps_lie_as_the_cpu_likes_it_and_scores_differ_by_rounding(tmp_path, monkeypatch):
+    logs, layouts = {}, []
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda conv, x: layouts.append(
+        x.is_contiguous(memory_format=torch.channels_last)) or conv._conv_forward(
+            x, conv.weight, conv.bias))
+    for kind in "AVX2", "AVX512":
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda kind=kind: kind)
+        layouts.clear()
+        fit(tmp_path / kind)
+        assert layouts[0] == (kind == "AVX512")
+        logs[kind] = read_log(tmp_path / kind)
+    for one, other in zip(*logs.values(), strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-3)
+
+
 def test_training_tiles_alone_are_augmented_each_time_anew(tmp_path, seen):
     def number(image):
         pixels = (image.permute(1, 2, 0) * 255).round().byte()
