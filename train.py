@@ -42,14 +42,14 @@ RECORDED = (*ARGS, "recipe", "classes", "loss", "schedule", "weight_decay", "ema
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     epilog="Where no default is named, it is the paper's.")
+                                     epilog="Where no default is named, it is the recipe's.")
     # What to train
     parser.add_argument("--model", choices=MODELS, default="unet", help="network (default: unet)")
     parser.add_argument("--skip", choices=SKIPS, default="standard",
                         help="skip connections (default: standard)")
     parser.add_argument("--skip-depth", type=number(int, most=MOST_SKIP_DEPTH), metavar="N",
-                        help="of conv and fusion: N 1x1 convolutions, ReLU between them, where the "
-                             "paper has one (default: 1)")
+                        help="of conv and fusion: N 1x1 convolutions, ReLU between them, for each "
+                             "y_i, where the paper has one (default: 1)")
     parser.add_argument("--data", default="synthetic", help="monuseg, monuseg-exact, bcss, "
                         "bcss512, a prepared set of your own (default: synthetic, drawn on the "
                         "spot)")
@@ -59,9 +59,10 @@ def parse_args(argv=None):
                              "K to 21 are merged into those that they are part of")
     parser.add_argument("--split", choices=SPLITS,
                         help="what is drawn for testing: tiles as in the paper, whole images (the "
-                             "default of own sets), or the parts that the set came in: "
-                             "official-sites validates on other hospitals than it trains on, "
-                             "official-all trains on what validates, too")
+                             "default of own sets), or the parts that the set came in "
+                             "(theirs if they have parts): official-sites validates on other "
+                             "hospitals than it trains on, official-all trains on what validates, "
+                             "too")
     parser.add_argument("--seed", type=number(int, above=-1, most=2**63 - 1), default=0,
                         help="of all chance but the split's (default: 0)")
     # The recipe
@@ -75,7 +76,7 @@ def parse_args(argv=None):
     parser.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate: constant as "
                         "in the paper, or cosine with warm-up")
     parser.add_argument("--weight-decay", type=number(float, above=-1e-9), help="AdamW's, of "
-                        "matrices alone (default: 0)")
+                        "matrices alone (strong: 0.05; default: 0)")
     parser.add_argument("--ema", type=number(float, above=-1e-9, most=0.9999), metavar="DECAY",
                         help="score an exponential moving average of the weights (strong: 0.999; "
                         "0: the weights themselves)")
@@ -101,7 +102,8 @@ def parse_args(argv=None):
     # Speed and memory
     parser.add_argument("--bf16", action="store_true", default=None, help="train in bfloat16 on a "
                         "CPU as well, which may pay where it has instructions for that "
-                        "(avx512_bf16, amx) and is far slower where not; GPUs always do")
+                        "(avx512_bf16, amx) and is far slower where not; CUDA always trains in "
+                        "half precision")
     parser.add_argument("--compile", action="store_true",
                         help="torch.compile the network: pays on a GPU, not on a CPU")
     parser.add_argument("--checkpointing", action="store_true",
