@@ -118,7 +118,11 @@ def parse_args(argv=None):
     parser.add_argument("--data-root", default="data", help="folder of the prepared data "
                         "(default: data)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
-    args = parser.parse_args(argv)
+    return complete(parser.parse_args(argv), parser)
+
+
+def complete(args, parser):
+    """Refuse flags that do not go together, fill in what the recipe says -> args."""
     if args.classes and args.data != "synthetic":
         parser.error("--classes is for synthetic: other sets have the classes of their masks")
     info, pretrained = read_info(args.data, args.data_root), MODELS[args.model].pretrained
@@ -132,6 +136,8 @@ def parse_args(argv=None):
     args.augment = args.augment and " ".join(args.augment)
     args.recipe = info["recipe"] + (" strong" if args.recipe == "strong" else "")
     args.split = args.split or info["split"]
+    if args.classes and args.recipe.endswith(" strong") and not args.loss:
+        args.loss = "ce+dice"  # the recipe's own is of one class
     for name, value in recipe_for(args.recipe, args.model).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -173,7 +179,7 @@ def main(args):
     on_rank_0(open_folder, args)
     run |= resume(args, run, raw_model, scored, optimizer, scaler)
     log, losses, total = run["log"], run["losses"].to(device), args.epochs * num_steps
-    if run["step"] == total and on_rank_0((args.out / "scores.json").exists):
+    if run["step"] == total and on_rank_0(is_scored, args.out / "scores.json", args.epochs):
         print(f"{args.out} is finished, its scores are in scores.json")
         metrics = on_rank_0(read_scores, args.out / "scores.json")
         leave_processes()
@@ -252,6 +258,11 @@ def main(args):
     metrics = test(args, run, tiles, parts["test"], loss_fn, device, rank, world_size)
     leave_processes()
     return metrics["per_tile"]["iou"]
+
+
+def is_scored(path, epochs):
+    """Whether these scores are of all epochs: a run that was made longer has those of before."""
+    return path.exists() and len(read_scores(path)["log"]) == epochs
 
 
 def print_start(args, model, weights, parts, device):

@@ -63,6 +63,14 @@ def test_a_loss_that_does_not_fit_the_classes_is_refused(tmp_path, capsys, name)
         loss_for(3, (), "bce")
 
 
+@pytest.mark.parametrize("classes, chosen, loss", [
+    ([], [], "bce+dice"), (["--classes", "3"], [], "ce+dice"),
+    (["--classes", "3"], ["--loss", "focal"], "focal")])
+def test_the_strong_recipes_loss_fits_the_classes(classes, chosen, loss):
+    args = train.parse_args(["--recipe", "strong", "--split", "image", *classes, *chosen])
+    assert args.loss == loss
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_stays_between_0_and_the_rate(name):
     factors = [SCHEDULES[name](step / 1000) for step in range(1000)]

@@ -240,6 +240,23 @@ def test_resume_starts_a_run_that_is_not_there_and_says_so_of_one_that_is_finish
     assert (tmp_path / "run/last.pt").stat().st_mtime_ns == stamp
 
 
+def test_a_longer_run_that_is_killed_before_its_test_is_not_taken_for_finished(tmp_path,
+                                                                               monkeypatch):
+    def crash(*args):
+        raise KeyboardInterrupt
+
+    def epochs():
+        return len(json.loads((tmp_path / "run/scores.json").read_text())["log"])
+
+    fit(tmp_path / "run", "--epochs", "1")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "test", crash)
+        fit(tmp_path / "run", "--epochs", "2", "--resume")
+    assert epochs() == 1  # the scores of before are not lost
+    fit(tmp_path / "run", "--epochs", "2", "--resume")
+    assert epochs() == 2
+
+
 def test_two_runs_in_one_folder_at_once_are_refused(start, tmp_path, capsys):
     process = start(tmp_path / "run", "--epochs", "999", *OFTEN)
     wait_for_save(process, tmp_path / "run/last.pt")
