@@ -105,6 +105,8 @@ def evaluate(model, tiles, indices, loss_fn, device, batch_size, rank=0, world_s
     runs its share, and all return the whole. `bf16` computes in bfloat16 on a CPU, too.
     """
     model.eval()
+    if len(indices) < world_size:  # each runs them all, as not every network takes an empty batch
+        rank, world_size = 0, 1
     results, done, total = [], 0, len(indices[rank::world_size])
     for part in indices[rank::world_size].split(batch_size):
         images, masks = get_batch(tiles, part, device)
@@ -202,10 +204,10 @@ def build_ensemble(checkpoints):
     """The networks of {path: checkpoint} as one; ValueError if kind, tiles or classes differ."""
     (first, one), *others = checkpoints.items()
     for path, other in others:
-        if any(other[name] != one[name] for name in ("split", "num_classes")) or (
-                other["args"]["model"] != one["args"]["model"]):
-            raise ValueError(f"{path}: is of another network, other tiles or other classes than "
-                             f"{first}: an ensemble has one kind of each")
+        if (any(other[name] != one[name] for name in ("split", "num_classes")) or
+                any(other["args"][name] != one["args"][name] for name in ("model", "skip"))):
+            raise ValueError(f"{path}: is of another network, another skip, other tiles or other "
+                             f"classes than {first}: an ensemble has one kind of each")
     return Ensemble([build_model(checkpoint, path) for path, checkpoint in checkpoints.items()])
 
 
@@ -317,10 +319,11 @@ def main(args):
     """Score the checkpoints -> list of results; ValueError if one cannot be used."""
     device = pick_device(args.device)
     checkpoints = {Path(path): load_checkpoint(path) for path in args.checkpoints}
-    sets = {(c["args"]["data"], c["args"]["split"]) for c in checkpoints.values()}
+    sets = {(checkpoint["args"]["data"], checkpoint["args"]["split"], checkpoint["num_classes"])
+            for checkpoint in checkpoints.values()}
     if args.figure and len(sets) > 1:
-        raise ValueError("--figure compares networks of one data set and split, and these are of "
-                         f"{len(sets)}: name fewer checkpoints")
+        raise ValueError("--figure compares networks of one data set, split and number of classes, "
+                         f"and these are of {len(sets)}: name fewer checkpoints")
     logs = {str(path.parent): [read_log(path.with_name("log.csv"))]
             for path in checkpoints if args.curves}
 
@@ -331,6 +334,9 @@ def main(args):
     else:
         results = [score(build_model(checkpoint, path), checkpoint, path, device, args)
                    for path, checkpoint in checkpoints.items()]
+    if args.json:  # first, as a table of runs that do not go together is refused
+        with write_atomic(args.json) as file:
+            file.write(json.dumps(results, indent=1).encode())
     if len(results) == 1:
         trained = results[0]["args"]
         print_progress(f"{trained['model']}, {trained['skip']} skip, {results[0]['data']}: "
@@ -341,9 +347,6 @@ def main(args):
         print_progress("\n")
         print("\nPercent: mean ± standard deviation over runs (the number of the paper)\n")
         print(table_2(results))
-    if args.json:
-        with write_atomic(args.json) as file:
-            file.write(json.dumps(results, indent=1).encode())
     if args.figure:
         picture, n = figure(checkpoints, results, args)
         with write_atomic(args.figure) as file:

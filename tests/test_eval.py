@@ -292,11 +292,33 @@ def test_a_network_of_other_classes_or_unknown_data_is_refused(whole, tmp_path, 
     assert "../secret is not prepared" in refused(capsys, evaluation, path)
 
 
-def test_a_figure_of_two_splits_is_refused_before_anything_is_scored(whole, tmp_path, capsys):
-    path, scores = changed(whole, tmp_path / "b.pt", args={"split": "image"}), tmp_path / "s.json"
+@pytest.mark.parametrize("change", [{"args": {"split": "image"}}, {"num_classes": 3}])
+def test_a_figure_of_two_splits_or_numbers_of_classes_is_refused_before_anything_is_scored(
+        whole, tmp_path, capsys, change):
+    path, scores = changed(whole, tmp_path / "b.pt", **change), tmp_path / "s.json"
     line = refused(capsys, evaluation, whole.out / "best.pt", path, "--figure", tmp_path / "x.png",
                    "--json", scores)
-    assert "--figure compares networks of one data set and split" in line and not scores.exists()
+    assert "--figure compares networks of one data set, split and number of classes" in line
+    assert not scores.exists()
+
+
+def test_scores_are_written_before_a_table_of_them_is_refused(whole, tmp_path, capsys):
+    best = whole.out / "best.pt"
+    line = refused(capsys, evaluation, best, changed(whole, tmp_path / "same.pt"), "--json",
+                   tmp_path / "scores.json")
+    assert "two runs of" in line and len(json.loads((tmp_path / "scores.json").read_text())) == 2
+
+
+def test_no_network_gets_an_empty_batch_where_processes_outnumber_tiles():
+    class Picky(torch.nn.Module):
+        def forward(self, images):
+            assert len(images)
+            return images[:, :1]
+
+    scores = [evaluate(Picky(), made_up_tiles(), torch.arange(3), loss_for(1),
+                       torch.device("cpu"), 8, rank, 8)
+              for rank in (0, 7)]
+    assert len(scores[0][1]) == 3 and torch.equal(scores[0][1], scores[1][1])
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -271,10 +271,12 @@ def test_an_ensemble_takes_the_mean_of_the_logits(strong, root, tmp_path, capsys
     tiles = tmp_path / "tiles"
     fit(root, tiles, "--windows", "0", "--split", "tile", "--epochs", "1")
     three = save_network(tmp_path / "three.pt", "unet", "standard", 3, name="mine")
-    torch.save(torch.load(three) | {"split": load(paths[0])["split"]}, three)
-    for odd in tiles / "best.pt", three:
+    conv = save_network(tmp_path / "conv.pt", "unet", "conv", 1, name="mine")
+    for path in three, conv:
+        torch.save(torch.load(path) | {"split": load(paths[0])["split"]}, path)
+    for odd in tiles / "best.pt", three, conv:
         line = refused(capsys, evaluation, *paths, odd, "--ensemble")
-        assert f"{odd}: is of another network, other tiles or other classes" in line
+        assert f"{odd}: is of another network, another skip, other tiles or other classes" in line
     assert "--ensemble" in refused(capsys, evaluation, *paths, "--ensemble", "--figure", "x.png")
 
 
