@@ -495,9 +495,9 @@ def prepare(data, folders, root, **options):
     (working / "set.json").write_text(json.dumps(info | source, indent=1), encoding="utf-8")
     with open(working / "tiles.csv", "w", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *rows])
+    lock.close()  # Windows renames no folder in which a file is open
     working.rename(final)
     for name in progress.name, ".lock":
         Path(final, name).unlink()
-    lock.close()
     print_progress(f"{final}: {len(rows)} tiles from {len(items)} files in "
                    f"{time.time() - start:.0f} s\n")

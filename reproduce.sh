@@ -14,8 +14,9 @@ cd "$(dirname "$0")" || exit
 python=${PYTHON:-$(command -v python || command -v python3)}
 case ${1:---help} in -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${0##*/}"; exit ;; esac
 data=$1 models='unet swin_unet' skips='standard conv fusion' seeds='0 1 2' flags=() list=''
-gpus=$(nvidia-smi -L 2>/dev/null | wc -l)
-jobs=$((gpus > 1 ? gpus : 1))
+there=$(nvidia-smi -L 2>/dev/null | sed -n 's/^GPU \([0-9]*\):.*/\1/p' | paste -sd , -)
+IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES-$there}"
+jobs=$((${#gpus[@]} > 1 ? ${#gpus[@]} : 1))
 shift
 for word; do
   case $word:$list in
@@ -33,7 +34,7 @@ done; done; done
 
 lane() {  # NUMBER: every so many cells, one after the other
   local i log
-  [ "$gpus" -lt 2 ] || export CUDA_VISIBLE_DEVICES=$1
+  [ ${#gpus[@]} -lt 2 ] || export CUDA_VISIBLE_DEVICES=${gpus[$1 % ${#gpus[@]}]}
   [ "$jobs" -lt 2 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   for ((i = $1; i < ${#cells[@]}; i += jobs)); do
     log=runs/$data$(sed 's/ *--[a-z]* /-/g' <<<" ${cells[i]}").log
@@ -48,5 +49,6 @@ mkdir -p runs && failed=$(mktemp) || exit
 for ((number = 0; number < jobs; number++)); do lane "$number" & done
 wait
 "$python" report.py runs/"$data"-*/scores.json --page runs/README.md
+reported=$?
 sed 's/^/failed: /' "$failed" >&2
-[ ! -s "$failed" ]
+[ ! -s "$failed" ] && exit "$reported"

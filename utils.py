@@ -165,7 +165,7 @@ def number(kind, above=0, most=math.inf):
 
 def run_cli(main, parse_args, after_interrupt="nothing unfinished was kept"):
     """Run a script. Bad input and lack of memory end it with one line and exit status 2."""
-    name, is_first = Path(sys.argv[0]).name, int(os.environ.get("RANK", 0)) == 0
+    name, is_first = Path(sys.argv[0]).name, int(os.environ.get("LOCAL_RANK", 0)) == 0
     if sys.stdout:
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that names have
     try:
@@ -181,7 +181,7 @@ def run_cli(main, parse_args, after_interrupt="nothing unfinished was kept"):
             text = f"out of memory ({text}): give less at a time, or use a smaller network"
         elif isinstance(error, RuntimeError):
             raise  # a mistake of ours
-        if is_first:  # one process speaks for all
+        if is_first or is_out_of_memory(error):  # else one process speaks for all of its node
             print_progress("")
             print(f"{name}: {text}", file=sys.stderr)
         sys.exit(2)
@@ -192,8 +192,9 @@ def run_cli(main, parse_args, after_interrupt="nothing unfinished was kept"):
 
 def is_out_of_memory(error):
     """Whether it is Python's error for that, or one of PyTorch's, which has no type of its own."""
+    words = "out of memory", "allocate memory", "enough memory"
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and
-                                              "memory" in first_line(error))
+                                              any(some in first_line(error) for some in words))
 
 
 def first_line(error):

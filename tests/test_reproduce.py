@@ -11,13 +11,15 @@ from conftest import ROOT
 pytestmark = pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
 
 TRAIN = """\
-import pathlib, sys
+import os, pathlib, sys
 words = sys.argv[1:]
 value = dict(zip(words, words[1:]))
 folder = pathlib.Path("runs", "-".join(value[f"--{name}"] for name in
                                        ("data", "model", "skip", "seed")))
 with open("calls.txt", "a") as file:
     print(*words, file=file)
+with open("gpus.txt", "a") as file:
+    print(os.environ.get("CUDA_VISIBLE_DEVICES"), file=file)
 if value["--skip"] == "conv":
     sys.exit("train.py: no such luck")
 folder.mkdir(exist_ok=True)
@@ -28,10 +30,11 @@ folder.mkdir(exist_ok=True)
 @pytest.fixture
 def reproduce(tmp_path):
     """Run the script beside stand-ins -> finished process, what train.py was called with."""
-    def run(*words, status=0):
+    def run(*words, status=0, **variables):
         (tmp_path / "calls.txt").unlink(missing_ok=True)
-        done = subprocess.run(["bash", tmp_path / "reproduce.sh", *words], text=True,
-                              capture_output=True, env=os.environ | {"PYTHON": sys.executable})
+        done = subprocess.run(
+            ["bash", tmp_path / "reproduce.sh", *words], text=True, capture_output=True,
+            env=os.environ | {"PYTHON": sys.executable} | variables)
         assert done.returncode == status, done.stdout + done.stderr
         return done, (tmp_path / "calls.txt").read_text().splitlines()
 
@@ -60,6 +63,26 @@ def test_cells_are_chosen_and_other_flags_go_to_train_py(reproduce, jobs):
     assert sorted(calls) == sorted(
         f"--data bcss --model unet --skip {skip} --seed 4 --resume --ignore-index 0 --compile"
         for skip in ("standard", "fusion"))
+
+
+@pytest.mark.parametrize("chosen, jobs, expected", [
+    ({}, [], ["0", "1"]), ({}, ["--jobs", "4"], ["0", "0", "1", "1"]),
+    ({"CUDA_VISIBLE_DEVICES": "6,7"}, [], ["6", "7"]),
+    ({"CUDA_VISIBLE_DEVICES": ""}, [], ["", ""])])
+def test_jobs_share_the_gpus_that_there_are(reproduce, tmp_path, chosen, jobs, expected):
+    tool = tmp_path / "bin/nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\nprintf 'GPU 0: H100\n  MIG 1g: Device 0\nGPU 1: H100\n'\n")
+    tool.chmod(0o755)
+    seeds = [str(seed) for seed in range(len(expected))]
+    reproduce("monuseg", "--models", "unet", "--skips", "fusion", "--seeds", *seeds, *jobs,
+              PATH=f"{tool.parent}:{os.environ['PATH']}", **chosen)
+    assert sorted((tmp_path / "gpus.txt").read_text().split("\n")[:-1]) == expected
+
+
+def test_a_page_that_cannot_be_made_is_no_success(reproduce, tmp_path):
+    (tmp_path / "report.py").write_text("raise SystemExit(2)")
+    reproduce("monuseg", "--skips", "fusion", status=2)
 
 
 def test_it_trains_for_real_and_makes_a_page(tmp_path):

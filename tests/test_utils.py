@@ -184,10 +184,24 @@ def raise_(error):
     (MemoryError("Unable to allocate 9 GiB"), "out of memory (Unable to allocate 9 GiB): give less "
      "at a time, or use a smaller network"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried\nto"), "out of memory (CUDA out of memory. "
-     "Tried): give less at a time, or use a smaller network")])
+     "Tried): give less at a time, or use a smaller network"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+     "out of memory ([enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to): "
+     "give less at a time, or use a smaller network")])
 def test_what_the_user_can_mend_is_one_line(capsys, error, line):
     script = SimpleNamespace(main=lambda args: raise_(error), parse_args=list)
     assert refused(capsys, script).partition(": ")[2] == line
+
+
+@pytest.mark.parametrize("rank, local_rank, error, told", [
+    (8, 0, ValueError, True), (8, 1, ValueError, False), (9, 1, MemoryError, True)])
+def test_one_process_of_every_node_tells_and_each_tells_that_its_memory_is_short(
+        capsys, monkeypatch, rank, local_rank, error, told):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    with pytest.raises(SystemExit) as end:
+        utils.run_cli(lambda args: raise_(error("too much")), list)
+    assert end.value.code == 2 and ("too much" in capsys.readouterr().err) == told
 
 
 def test_lack_of_memory_is_one_line(capsys):
@@ -197,7 +211,8 @@ def test_lack_of_memory_is_one_line(capsys):
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(capsys):
-    for error in RuntimeError("sizes do not match"), KeyError("weights"), TypeError("no list"):
+    for error in (RuntimeError("sizes do not match"), KeyError("weights"), TypeError("no list"),
+                  RuntimeError("CUDA error: an illegal memory access was encountered")):
         with pytest.raises(type(error)):
             utils.run_cli(lambda args: raise_(error), list)
 
