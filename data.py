@@ -98,7 +98,7 @@ def load(data, root, num_classes=1):
     if not (folder / "tiles.csv").exists():
         raise FileNotFoundError(f"{folder}: {data} is not prepared: {how_to_prepare(data)}")
     try:
-        with open(folder / "tiles.csv", newline="") as file:
+        with open(folder / "tiles.csv", newline="", encoding="utf-8") as file:
             lines = [*csv.DictReader(file)]
         rows = [(line["image"], int(line["row"]), int(line["column"]), line["official"])
                 for line in lines]

@@ -125,7 +125,7 @@ for source in "${sources[@]}"; do
     if [ -f "$zip" ]; then unpack "$zip" "$source"; fi
   done
   if [ "$source" -ef "$raw" ]; then unpacked=$raw
-  elif [ -n "$(find -L "$source" -path "$images" -print -quit)" ]; then folders+=("$source"); fi
+  elif [ -n "$(find -L "$source" -ipath "$images" -print -quit)" ]; then folders+=("$source"); fi
 done
 folders+=(${unpacked:+"$unpacked"})
 [ ${#folders[@]} -gt 0 ] || die "no $images, nor an archive with one, in ${sources[*]}"

@@ -73,16 +73,28 @@ MONUSEG_LATER = """TCGA-BC-A217-01Z-00-DX1 TCGA-F9-A8NY-01Z-00-DX1 TCGA-FG-A87N-
     TCGA-XS-A8TJ-01Z-00-DX1""".split()
 
 
+def depth_and_pages(image):
+    """Bits a channel, and how many pages there are; a slide's smaller copies of itself are none."""
+    if image.format != "TIFF":
+        return 16 if ";16B" in str(image.tile) else 8, 1  # so Pillow notes what a PNG holds
+    pages, size = image.n_frames, image.size
+    if pages > 1:
+        image.seek(1)
+        pages = pages if image.size == size else 1
+        image.seek(0)
+    return max(image.tag_v2.get(258, (8,))), pages  # the tag is called bits per sample
+
+
 def read_image(path, modes):
     """Read an image file whose Pillow mode is in `modes`; ValueError if it cannot be used."""
     check_is_file(path)
     try:
         with Image.open(path, formats=FORMATS) as image:
+            depth, pages = depth_and_pages(image)
             image.load()
-            depths = getattr(image, "tag_v2", {}).get(258, (8,))  # of a TIFF, bits per sample
             ImageOps.exif_transpose(image, in_place=True)  # as viewers show it
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError,
-            MemoryError) as error:
+    except (OSError, SyntaxError, TypeError, ValueError, LookupError, struct.error, MemoryError,
+            Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and error.errno:  # the system's: the file may be sound
             raise OSError(f"{path}: cannot be opened ({error.strerror})") from None
         raise ValueError(f"{path}: not a readable image ({error or 'out of memory'}): fetch it "
@@ -90,8 +102,11 @@ def read_image(path, modes):
     if image.mode not in modes:
         raise ValueError(f"{path}: Pillow mode {image.mode}, not {' or '.join(modes)}: "
                          "convert it, or export it again as 8-bit")
-    if image.mode == "RGB" and max(depths) > 8:
-        raise ValueError(f"{path}: {max(depths)} bits a channel, of which Pillow keeps the upper 8 "
+    if pages > 1:
+        raise ValueError(f"{path}: holds {pages} pages, of which only the first would be read: "
+                         "save each as a file, or channels as one page")
+    if image.mode[0] not in "IF" and depth > 8:
+        raise ValueError(f"{path}: {depth} bits a channel, of which Pillow keeps the upper 8 "
                          "alone: export it again as 8-bit")
     return image
 
@@ -282,7 +297,8 @@ def walk(folders):
             raise FileNotFoundError(f"{top}: no such folder: give that of the unpacked archives")
         for folder, below, names in os.walk(Path(top).absolute(), followlinks=True):
             real = os.path.realpath(folder)
-            below[:] = [] if real in seen else sorted(set(below) - {"__MACOSX"})
+            below[:] = [] if real in seen else sorted(
+                name for name in below if name != "__MACOSX" and not name.startswith("."))
             if real not in seen:
                 yield Path(folder), [name for name in names if not name.startswith(".")]
             seen.add(real)
@@ -370,6 +386,7 @@ def find_own(folders, names=None, scale=1.0):
     if len(folders) > 1:
         raise ValueError(f"--from {folders[1]}: one folder holds an own set, in images and masks")
     top, items, images = Path(folders[0]), [], []
+    Image.MAX_IMAGE_PIXELS = 2**30  # Pillow refuses what claims more than twice as many
     parts = [part for part in ("train", "val", "test") if (top / part).is_dir()]
     for folder, part in [(top / part, part) for part in parts] or [(top, "train")]:
         found = find_files([folder / "images"], SUFFIXES)
@@ -449,15 +466,26 @@ def prepare(data, folders, root, **options):
         items, info = find_own(folders, **options)
         info["recipe"] = "monuseg" if len(info["classes"]) == 1 else "bcss"
         read = partial(read_own, scale=info["scale"], is_binary=len(info["classes"]) == 1)
+    if not items:
+        raise ValueError(f"{folders[0]}: holds no image of {data}: give the folder of the unpacked "
+                         "archives")
+    for image, mask, _ in items:
+        try:
+            f"{image.name} {mask.name}".encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{image}: its name, or its mask's, is not UTF-8: rename it") from None
     rows = [row for _, _, rows in items for row in rows]
     lock = lock_folder(working)
 
-    # Start, or continue if the partial folder was made from the very same list.
+    # Start, or continue if the partial folder was made from the very same list, and no file of it
+    # that is done was written anew since then.
     listed = json.dumps([[str(path) for path in items[0][:2]], rows, info])
     state = {"list": hashlib.sha256(listed.encode()).hexdigest(), "files": 0, "tiles": 0}
     progress = working / "progress.json"
     before = json.loads(progress.read_text()) if progress.exists() else {}
-    if before.get("list") == state["list"]:
+    finished = [path for item in items[:before.get("files", 0)] for path in item[:2]]
+    if before.get("list") == state["list"] and all(
+            path.stat().st_mtime <= progress.stat().st_mtime for path in finished):
         state = before
     else:
         progress.unlink(missing_ok=True)  # it tells of the arrays that are replaced now
@@ -493,7 +521,7 @@ def prepare(data, folders, root, **options):
     # Complete: what is known, the table, then the name that the other scripts look for.
     source = {"from": [str(Path(folder).absolute()) for folder in folders]}
     (working / "set.json").write_text(json.dumps(info | source, indent=1), encoding="utf-8")
-    with open(working / "tiles.csv", "w", newline="") as file:
+    with open(working / "tiles.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([COLUMNS, *rows])
     lock.close()  # Windows renames no folder in which a file is open
     working.rename(final)

@@ -3,6 +3,7 @@
 Nothing here knows a data set or the inside of a network.
 """
 
+import errno
 import io
 import math
 import os
@@ -55,7 +56,7 @@ def lock_folder(folder):
     """Create a folder and keep other processes from writing there -> the lock, an open file.
 
     It holds until that file is closed. Raises ValueError if another process has the lock, OSError
-    if the folder cannot be written to. (Windows has no such locks.)
+    if the folder cannot be written to. (Windows has no such locks, nor have some clusters' disks.)
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / ".lock", "w")
@@ -65,6 +66,9 @@ def lock_folder(folder):
     except (BlockingIOError, PermissionError):
         raise ValueError(f"{folder}: another process is writing there: wait until it has finished, "
                          "or name another folder") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
     return lock
 
 

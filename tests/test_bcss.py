@@ -202,6 +202,20 @@ def raw(tmp_path):
     return tmp_path / "raw"
 
 
+def test_empty_folders_of_bcss_are_named(tmp_path, capsys):
+    for name in "train", "val", "train_mask", "val_mask":
+        (tmp_path / "raw" / name).mkdir(parents=True)
+    assert "raw: holds no image of bcss" in refused(
+        capsys, data, "prepare", "bcss", "--from", tmp_path / "raw", "--data-root", tmp_path)
+
+
+def spoil(path):
+    """Make a file unreadable without a trace in its size and time."""
+    facts = path.stat()
+    path.write_bytes(bytes(facts.st_size))
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+
+
 def test_truncated_tile_is_named_and_the_same_command_goes_on_once_it_is_mended(raw, tmp_path):
     done, bad = raw / "train" / "000.png", raw / "train" / "280.png"
     whole = bad.read_bytes()
@@ -210,7 +224,7 @@ def test_truncated_tile_is_named_and_the_same_command_goes_on_once_it_is_mended(
         prepare("bcss", raw, tmp_path)
     assert not (tmp_path / "bcss").exists()
     bad.write_bytes(whole)
-    done.write_bytes(b"would be refused")  # but is not read again
+    spoil(done)  # but it is not read again
     prepare("bcss", raw, tmp_path)
     assert content(tmp_path) == content(tmp_path / "fresh")
 
@@ -224,7 +238,7 @@ def test_interrupted_preparation_goes_on(raw, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setitem(READERS, "bcss", (find, interrupted))
         prepare("bcss", raw, tmp_path)
-    (raw / "train" / "000.png").write_bytes(b"would be refused")
+    spoil(raw / "train" / "000.png")
     prepare("bcss", raw, tmp_path)
     assert content(tmp_path) == content(tmp_path / "fresh")
 

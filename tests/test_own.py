@@ -11,6 +11,7 @@ from PIL import Image
 import data
 import eval as evaluation
 import predict
+import raw
 import train
 
 
@@ -112,6 +113,58 @@ def test_parts_are_the_official_split_and_else_whole_images_are_drawn(tmp_path):
     whole = prepare(write_set(tmp_path / "one folder"), tmp_path, name="other")
     parts = data.split_tiles("other", whole.rows, whole.info["split"])
     assert [len({whole.rows[i][0] for i in indices}) for indices in parts.values()] == [7, 2, 1]
+
+
+@pytest.mark.parametrize("change", ["exported anew", "none"])
+def test_files_that_are_done_are_read_again_only_if_they_were_written_anew(tmp_path, monkeypatch,
+                                                                          change):
+    folder = write_set(tmp_path / "raw", 129, (0, 1), size=(224, 448))  # more than a chunk of tiles
+    bad, done = folder / "masks/image-99.png", folder / "masks/image-0.png"  # read last, first
+    whole = bad.read_bytes()
+    Image.open(bad).crop((0, 0, 448, 223)).save(bad)
+    with pytest.raises(ValueError, match="image-99"):
+        prepare(folder, tmp_path)
+    bad.write_bytes(whole)
+    if change == "exported anew":
+        Image.fromarray(1 - np.asarray(Image.open(done))).save(done)
+    shown, read = [], raw.read_own
+    monkeypatch.setattr(raw, "read_own", lambda image, *rest, **options: (
+        shown.append(image.name), read(image, *rest, **options))[1])
+    tiles = prepare(folder, tmp_path)
+    assert (tiles.masks[0].numpy() == np.asarray(Image.open(done))[:, :224]).all()
+    assert len(shown) == (129 if change == "exported anew" else 1)
+
+
+def test_names_of_any_script_are_kept_whatever_the_systems_encoding(tmp_path, monkeypatch):
+    opened = open
+
+    def ascii_unless_told(path, mode="r", *rest, encoding=None, **options):
+        return opened(path, mode, *rest, encoding=encoding or (None if "b" in mode else "ascii"),
+                      **options)
+    for module in raw, data:
+        monkeypatch.setattr(module, "open", ascii_unless_told, raising=False)
+    tiles = prepare(write_set(tmp_path / "raw", 1, name="größe_腫瘍"), tmp_path)
+    assert tiles.rows[0][0] == "größe_腫瘍-0"
+
+
+def test_a_name_that_is_no_text_is_named_before_work_starts(tmp_path):
+    folder = write_set(tmp_path / "raw", 2, name="gr\udcf6sse")  # Latin-1 on a disk
+    with pytest.raises(ValueError, match=r"sse-0\.png: its name.*rename it"):
+        prepare(folder, tmp_path)
+    assert not list(tmp_path.glob("mine*"))
+
+
+def test_an_own_image_may_be_larger_than_pillow_likes(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert len(prepare(write_set(tmp_path / "raw", 1), tmp_path).images) == 4
+
+
+def test_hidden_folders_are_not_searched(tmp_path):
+    folder = write_set(tmp_path / "raw", 1)
+    (folder / "images/.ipynb_checkpoints").mkdir()
+    Image.fromarray(noise(230, 300, 3)).save(
+        folder / "images/.ipynb_checkpoints/image-0-checkpoint.png")
+    assert len(prepare(folder, tmp_path).rows) == 4
 
 
 # The other scripts

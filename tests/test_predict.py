@@ -19,7 +19,7 @@ import data
 import predict
 from models import MODELS, UNet, create_model
 from plots import PALETTE, outline
-from raw import READERS
+from raw import READERS, read_labels
 
 
 class Stub(nn.Module):
@@ -272,6 +272,37 @@ def test_deeper_grey_is_scaled_not_clipped(tmp_path, kind, suffix):
     Image.fromarray(np.stack([levels] * 2).astype(kind)).save(path)
     array = np.asarray(predict.read_rgb(path))
     assert array.shape == (2, 256, 3) and (array == np.arange(256)[:, None]).all()
+
+
+def png_of_16_bits(path, array):
+    """Pillow reads such a file in 8 bits and writes none, unless it is grey."""
+    def chunk(name, content):
+        checksum = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + checksum
+    height, width, channels = array.shape
+    kind = {2: 4, 3: 2, 4: 6}[channels]  # grey with alpha, colours, colours with alpha
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in array)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(
+        ">IIBBBBB", width, height, 16, kind, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_a_png_of_16_bits_a_channel_is_refused_as_a_tiff_of_them_is(tmp_path, channels):
+    png_of_16_bits(tmp_path / "a.png", np.full((4, 4, channels), 4095))  # black in 8 bits
+    with pytest.raises(ValueError, match=r"a\.png: 16 bits a channel"):
+        predict.read_rgb(tmp_path / "a.png")
+
+
+def test_a_stack_of_pages_is_refused_but_a_slide_with_smaller_copies_is_not(tmp_path):
+    pages = [Image.new("L", (300, 300), level) for level in (10, 20, 30)]
+    pages[0].save(tmp_path / "stack.tif", save_all=True, append_images=pages[1:])
+    for read in predict.read_rgb, read_labels:
+        with pytest.raises(ValueError, match=r"stack\.tif: holds 3 pages"):
+            read(tmp_path / "stack.tif")
+    pages[0].save(tmp_path / "slide.tif", save_all=True,
+                  append_images=[page.resize((150, 150)) for page in pages[1:]])
+    assert (np.asarray(predict.read_rgb(tmp_path / "slide.tif")) == 10).all()
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, float("nan"), float("inf")])

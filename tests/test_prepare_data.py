@@ -240,6 +240,11 @@ def test_from_folders_are_used_in_place_from_anywhere(place):
     assert not place.raw.exists()
 
 
+def test_from_finds_images_of_upper_case_suffix(place):
+    (place.mine / "a.TIF").touch()
+    assert place.run("monuseg", "--from", place.mine)["argv"][3:] == [str(place.mine)]
+
+
 def test_from_follows_links(place):
     shutil.unpack_archive(place.train, place.far / "deep")
     (place.mine / "inside").symlink_to(place.far / "deep")

@@ -1,6 +1,7 @@
 """utils.py: files, what a user sees of any script, devices."""
 
 import argparse
+import errno
 import math
 import multiprocessing
 import os
@@ -52,6 +53,15 @@ def leave_if_locked(folder):
         lock_folder(folder)
     except ValueError as error:
         sys.exit(7 if str(error).startswith(f"{folder}: another process is writing") else 1)
+
+
+@pytest.mark.skipif(not utils.fcntl, reason="Windows has no locks")
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_can_be_written_to(tmp_path, monkeypatch, code):
+    def refuse(*_):
+        raise OSError(code, "refused")
+    monkeypatch.setattr(utils.fcntl, "lockf", refuse)
+    utils.lock_folder(tmp_path / "run").close()
 
 
 def test_a_folder_is_locked_against_other_processes_until_the_lock_is_closed(tmp_path):
