@@ -18,7 +18,10 @@ from PIL import Image
 
 import data
 import train
-from conftest import ROOT, refused
+from conftest import ROOT, load, refused
+from eval import compute_metrics, evaluate
+from losses import loss_for
+from models import build_model
 from raw import READERS
 
 SIZE = {"bcss": 224, "bcss512": 512}
@@ -316,3 +319,18 @@ def test_ignored_labels_count_in_neither_training_nor_scores(tmp_path, capsys):
     assert losses[0] != losses[1]
     said = refused(capsys, train, *common, "--ignore-index", 3, "--out", tmp_path / "none")
     assert "--ignore-index 3: bcss has no such label" in said
+
+
+def test_ignored_labels_are_left_out_of_the_loss_and_of_what_chooses_the_epoch(tmp_path):
+    prepare("bcss", write_set(tmp_path / "raw", "bcss", regions=4), tmp_path)
+    flags = ["--data", "bcss", "--width", "2", "--epochs", "1", "--batch-size", "4", "--data-root",
+             str(tmp_path), "--ignore-index", "0", "2", "--out"]
+    train.main(train.parse_args([*flags, str(tmp_path / "run")]))
+    best, tiles = load(tmp_path / "run/best.pt"), data.load("bcss", tmp_path)
+    parts = data.split_tiles("bcss", tiles.rows, "tile")
+    confusions, losses = evaluate(build_model(best, ""), tiles, parts["val"], loss_for(3, [0, 2]),
+                                  torch.device("cpu"), 4)
+    metrics, row = compute_metrics(confusions, [0, 2]), best["log"][0]
+    assert row["val_loss"] == pytest.approx(losses.mean().item())
+    assert row["val_iou_global"] == pytest.approx(metrics["global"]["iou"] or 0)
+    assert row["val_iou_per_tile"] == pytest.approx(metrics["per_tile"]["iou"] or 0)

@@ -292,3 +292,31 @@ def test_the_picture_shows_every_line_that_has_values_and_follows_them():
     assert len(rows_of(high, LINES[0])) > len(rows_of(low, LINES[0])) / 2
     assert len(rows_of(high[:, 70:570], LINES[1])) == 0
     assert len(rows_of(panel_of([-3.0, -3.0]), LINES[0])) > 50
+
+
+def spread(mean, t):
+    """Five gains of this mean, of which Student's t is that."""
+    z = np.arange(5.0) - 2
+    return (mean + z / z.std(ddof=1) * mean * np.sqrt(5) / t).tolist()
+
+
+def test_the_verdict_takes_holms_p_and_the_level_and_worth_that_were_written_down():
+    def verdicts(*gains):
+        return [row[-1] for row in cells(fusion_pays(made_up(gains)))]
+
+    below, above = spread(0.02, 2.9), spread(0.02, 2.7)  # p 0.044 and 0.054; 2.776 is 0.05
+    assert verdicts(SURE, SURE, SURE, SURE, below)[-1] == "yes"
+    assert verdicts(SURE, SURE, SURE, SURE, above)[-1] == "no"
+    assert verdicts(*[below] * 5) == ["no"] * 5  # 0.044 times 5
+    assert verdicts(spread(0.0102, 99), spread(0.0098, 99), SURE, SURE, SURE)[:2] == ["yes", "no"]
+
+
+def test_the_picture_shows_points_over_classes_and_over_grains(monkeypatch):
+    monkeypatch.setattr(complexity, "draw_error_bars", lambda heading, panels: panels.values())
+    by_class = [[0.01 * k + 0.001 * seed for seed in range(5)] for k, _ in complexity.CLASSES]
+    by_grain = [[0.001 * grain] * 5 for _, grain in complexity.GRAINS]
+    results = made_up(by_class) | made_up(by_grain, classes=complexity.GRAINS)
+    classes, grains = (panel["fusion - standard"] for panel in complexity.draw_picture(results))
+    assert grains == {grain: pytest.approx([0.1 * grain] * 5) for _, grain in complexity.GRAINS}
+    assert {**classes, 6: None} == {1: pytest.approx([1, 1.1, 1.2, 1.3, 1.4]), 6: None} | {
+        k: pytest.approx([k + 0.1 * seed for seed in range(5)]) for k in (3, 12, 22)}

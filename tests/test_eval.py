@@ -340,3 +340,42 @@ def test_a_damaged_log_is_named(whole, capsys, tmp_path, log):
     (tmp_path / "log.csv").write_text(log)
     line = refused(capsys, evaluation, path, "--curves", tmp_path / "curves.png")
     assert f"{tmp_path / 'log.csv'}: not the log of a run" in line
+
+
+def test_a_figure_shows_what_each_network_is_scored_for_from_the_worst_tile_to_the_best(
+        whole, capsys, tmp_path, monkeypatch):
+    def draw(titles, rows, names):
+        drawn.extend([titles, *rows])
+        return Image.new("L", (1, 1))
+
+    drawn = []
+    monkeypatch.setattr(evaluation, "draw_figure", draw)
+    fit(tmp_path / "conv", "--skip", "conv", "--epochs", "1")
+    results, _ = evaluated(capsys, whole.out / "best.pt", tmp_path / "conv/best.pt", "--figure",
+                           tmp_path / "figure.png")
+    titles, *rows = drawn
+    assert titles == ["unet, standard", "unet, conv"] and len(rows) == 2
+    sums = []
+    for caption, image, mask, predictions, captions in rows:
+        index, = [i for i, row in enumerate(made_up_tiles().rows) if
+                  caption == "{}/{}/{}".format(*row)]
+        assert (image == made_up_tiles().images[index].numpy()).all()
+        assert (mask == made_up_tiles().masks[index].numpy()).all()
+        ious = [(found & mask).sum() / (found | mask).sum() for found in predictions]
+        assert captions == [f"IoU {100 * iou:.1f}" for iou in ious]
+        sums.append(sum(ious))
+    assert sums == sorted(sums)
+
+
+@pytest.mark.parametrize("scores", [[0.9, 0.2], [0.2, 0.9], [0.9, None]])
+def test_a_figure_goes_from_the_worst_tile_to_the_best(whole, tmp_path, monkeypatch, scores):
+    path = whole.out / "best.pt"
+    checkpoint = load_checkpoint(path)
+    monkeypatch.setattr(evaluation, "draw_figure", lambda titles, rows, names: rows)
+    rows, n = evaluation.figure({path: checkpoint}, [{"args": checkpoint["args"], "tiles": scores}],
+                                evaluation.parse_args([str(path), "--figure", "x.png"]))
+    assert n == 2 and [row[-1] for row in rows] == [
+        ["IoU -" if None in scores else "IoU 20.0"], ["IoU 90.0"]]
+    known = ["{}/{}/{}".format(*made_up_tiles().rows[i]) for i in PARTS["test"]]
+    assert [row[0] for row in rows] == [known[scores.index(score)] for score in
+                                        sorted(scores, key=lambda score: score or 0)]

@@ -17,9 +17,10 @@ from torch import nn
 
 import data
 import predict
-from models import MODELS, UNet, create_model
+from models import MODELS, UNet, build_model, create_model
 from plots import PALETTE, outline
 from raw import READERS, read_labels
+from utils import load_checkpoint
 
 
 class Stub(nn.Module):
@@ -262,6 +263,19 @@ def test_eight_bit_modes_are_shown_as_they_look(tmp_path, mode):
     image.save(tmp_path / "a.tif")
     assert Image.open(tmp_path / "a.tif").mode == mode
     assert (np.asarray(predict.read_rgb(tmp_path / "a.tif")) == expected[..., None]).all()
+
+
+def test_a_trained_network_predicts_by_its_running_statistics(tmp_path):
+    path = save_network(tmp_path / "best.pt", "unet", width=4, name="synthetic")
+    noise(48, 32).save(tmp_path / "a.png")
+    predict.main(predict.parse_args([str(path), str(tmp_path / "a.png"), "--device", "cpu", "--out",
+                                     str(tmp_path / "out"), "--probabilities"]))
+    model = build_model(load_checkpoint(path), path).eval()
+    with torch.no_grad():
+        expected = model(data.normalize(tensor(noise(48, 32))))[0, 0].sigmoid()
+    found = np.load(tmp_path / "out" / "a_probabilities.npy")[..., 0]
+    assert expected.std() > 1e-3
+    np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind, suffix", [("<u2", "png"), ("<u2", "tif"), (">u2", "tif"),

@@ -11,7 +11,7 @@ from PIL import Image
 import data
 import eval as evaluation
 import train
-from losses import RECIPES
+from losses import RECIPES, SCHEDULES, loss_for
 
 SIZE = 230, 300  # pixels, height and width: 2 x 2 tiles, of which most of each overlaps
 
@@ -285,3 +285,89 @@ def test_what_whole_images_cannot_answer_is_refused(root, tmp_path, capsys):
     out = tmp_path / "tile"
     fit(root, out, "--windows", "0", "--split", "tile", "--epochs", "1")
     assert "has seen parts of all images" in refused(capsys, evaluation, out / "best.pt", "--whole")
+
+
+def test_whole_images_are_the_test_parts_and_each_average_has_its_own_name(strong, root, tmp_path,
+                                                                           monkeypatch):
+    def whole_images(name, tiles, indices):
+        asked.append(indices)
+        return {"a": None, "b": None}
+
+    tiles, asked = data.load("mine", root), []
+    parts = data.split_tiles("mine", tiles.rows, "image")
+    monkeypatch.setattr(evaluation, "whole_images", whole_images)
+    monkeypatch.setattr(evaluation, "evaluate_whole", lambda *_: torch.tensor(
+        [[[6, 2], [0, 2]], [[0, 0], [0, 96]]]))  # IoU 2/4 and 96/96, together 98/100
+    result, = evaluation.main(evaluation.parse_args([f"{strong[0]}/best.pt", "--whole"]))
+    assert torch.equal(asked[0], parts["test"])
+    assert result["per_image"]["iou"] == pytest.approx(0.75)
+    assert result["whole"]["iou"] == pytest.approx(0.98)
+    assert result["images"] == {"a": 0.5, "b": 1.0}
+    checkpoint = torch.load(strong[0] / "best.pt")
+    checkpoint["args"]["ignore_index"] = [0]  # then no false alarm in the background counts
+    torch.save(checkpoint, tmp_path / "best.pt")
+    result, = evaluation.main(evaluation.parse_args([f"{tmp_path}/best.pt", "--whole"]))
+    assert result["whole"]["iou"] == 1
+
+
+def test_the_average_is_what_is_validated(strong, root):
+    best, tiles = load(strong[0] / "best.pt"), data.load("mine", root)
+    model = evaluation.build_model(best, "")
+    confusions, _ = evaluation.evaluate(model, tiles, data.split_tiles(
+        "mine", tiles.rows, "image")["val"], loss_for(1), torch.device("cpu"), 4)
+    assert evaluation.compute_metrics(confusions)["global"]["iou"] == pytest.approx(
+        best["log"][-1]["val_iou_global"])
+
+
+def test_batch_norms_statistics_are_averaged_and_its_count_is_copied():
+    model, average, expected = torch.nn.BatchNorm2d(1), torch.nn.BatchNorm2d(1), (0.0, 1.0)
+    for step in range(3):
+        model(torch.tensor([3.0, 5.0 + step]).view(2, 1, 1, 1))
+        train.update_average(average, model, step, decay=0.15)
+        decay = min(0.15, (step + 1) / (step + 10))
+        expected = [decay * old + (1 - decay) * new.item() for old, new in
+                    zip(expected, (model.running_mean, model.running_var))]
+    assert [average.running_mean.item(), average.running_var.item()] == pytest.approx(expected)
+    assert average.num_batches_tracked == 3
+
+
+def test_schedule_and_average_know_where_in_the_whole_run_they_are(root, tmp_path, monkeypatch):
+    cosine, average, shares, steps = SCHEDULES["cosine"], train.update_average, [], []
+    monkeypatch.setitem(SCHEDULES, "cosine", lambda done: shares.append(done) or cosine(done))
+    monkeypatch.setattr(train, "update_average",
+                        lambda *args: steps.append(args[2]) or average(*args))
+    fit(root, tmp_path / "run")
+    last = load(tmp_path / "run/last.pt")
+    total = last["step"]
+    assert steps == [*range(total)] and total == 2 * len(last["losses"])
+    assert [*dict.fromkeys(shares)] == [step / total for step in range(total)]  # one a group
+    for group in last["optimizer"]["param_groups"]:
+        assert group["lr"] == pytest.approx(2e-3 * cosine((total - 1) / total))
+
+
+def test_another_seed_shows_other_tiles_warps_and_windows(wholes):
+    def first(seed, indices, **options):
+        (images, _), = data.train_batches(tiles, torch.tensor(indices), 4, seed, 0, 1, "cpu",
+                                          wholes=whole, **options)
+        return images
+
+    tiles, whole = wholes
+    for indices, options in [
+            (range(24), {"augmentations": "none"}),                           # the order alone
+            ([0] * 4, {"augmentations": "rotation"}),                         # the warps alone
+            (range(4), {"augmentations": "none", "windows": 1e-9})]:          # the places alone
+        one, same, other = (first(seed, [*indices], **options) for seed in (0, 0, 1))
+        assert torch.equal(one, same)
+        assert not torch.allclose(one.sort(0)[0], other.sort(0)[0], atol=0.01)
+
+
+def test_a_windows_elastic_shifts_grow_with_its_scale():
+    lines, side = torch.linspace(-1, 1, data.GRID_CELLS + 1)[None], data.window_side(0.25)
+    elastic = torch.zeros(1, 2, *[data.ELASTIC_CELLS + 3] * 2)
+    elastic[:, 0] = 10 * 2 / 224  # everywhere 10 pixels, looked up to the right
+    draws = {"matrix": torch.eye(2)[None], "columns": lines, "rows": lines, "elastic": elastic,
+             "zoom": torch.tensor([1.2 * 224 / side])}
+    x, y = ramp_window(draws, side)
+    v, u = torch.meshgrid(*[torch.arange(224) - 111.5] * 2, indexing="ij")
+    torch.testing.assert_close(x, 1.2 * (u + 10), atol=0.01, rtol=0)
+    torch.testing.assert_close(y, 1.2 * v, atol=0.01, rtol=0)

@@ -642,3 +642,67 @@ def test_swin_unet_starts_from_a_file_and_goes_on_without_it(tmp_path, monkeypat
     torch.testing.assert_close(stored["model"][f"encoder.{name}"], given[name])
     path.unlink()
     assert train.main(train.parse_args([*flags, "--resume"])) == score
+
+
+def test_the_log_holds_means_over_tiles_and_every_average_under_its_name(tmp_path, monkeypatch):
+    def recorded(*args):
+        def loss(logits, masks):
+            values = loss_for(*args)(logits, masks)
+            (trained if logits.requires_grad else scored).append(values.detach().clone())
+            return values
+        return loss
+
+    trained, scored = [], []
+    monkeypatch.setattr(train, "loss_for", recorded)
+    fit(tmp_path, "--epochs", "1")
+    row, = read_log(tmp_path)
+    assert row["train_loss"] == pytest.approx(torch.cat(trained).mean().item())
+    assert row["val_loss"] == pytest.approx(torch.cat(scored)[:3].mean().item())  # then the test's
+    confusions, _ = evaluation.evaluate(build_model(load(tmp_path / "best.pt"), ""),
+                                        made_up_tiles(), PARTS["val"], loss_for(1),
+                                        torch.device("cpu"), 2)
+    metrics = evaluation.compute_metrics(confusions)
+    assert metrics["global"] != pytest.approx(metrics["per_tile"])
+    for name in "iou", "f1":
+        for average in "per_tile", "global":
+            assert row[f"val_{name}_{average}"] == pytest.approx(metrics[average][name])
+
+
+@pytest.mark.parametrize("flags", [[], ["--checkpointing"], ["--compile"]])
+def test_flags_of_speed_and_memory_reach_the_network(tmp_path, monkeypatch, flags):
+    made, compiled = [], []
+    monkeypatch.setattr(train, "create_model",
+                        lambda *args: made.append(create_model(*args)) or made[-1])
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    fit(tmp_path, "--epochs", "1", *flags)
+    assert made[0].checkpointing == ("--checkpointing" in flags)
+    assert compiled == (made if "--compile" in flags else [])
+
+
+def test_an_average_starts_from_the_pretrained_weights(tmp_path, monkeypatch):
+    def load_pretrained(model, path):
+        model.head.weight.data[:] = 3
+        return "weights"
+
+    monkeypatch.setattr(create_model("unet", "standard", 1, 2).__class__, "pretrained", True)
+    monkeypatch.setattr(nn.Module, "load_pretrained", load_pretrained, raising=False)
+    monkeypatch.setattr(train, "read_last", lambda *_: None)
+    args = train.parse_args(["--data", "synthetic", "--ema", "0.9"])
+    args.width = 2
+    model, scored, optimizer, scaler = train.build_training(args, 1, torch.device("cpu"))
+    assert train.resume(args, {}, model, scored, optimizer, scaler) == {"weights": "weights"}
+    assert scored is not model and (scored.head.weight == 3).all()
+
+
+def test_the_network_is_trained_on_what_augmentation_gives_normalised(tmp_path, monkeypatch, seen):
+    def watched(*args):
+        model = create_model(*args)
+        model.register_forward_pre_hook(
+            lambda model, inputs: shown.append(inputs[0].clone()) if model.training else None)
+        return model
+
+    shown = []
+    monkeypatch.setattr(train, "create_model", watched)
+    fit(tmp_path, "--epochs", "1")
+    for images, (*_, augmented, _) in zip(shown, seen, strict=True):
+        torch.testing.assert_close(images, data.normalize(augmented))
