@@ -15,6 +15,7 @@ import shutil
 import struct
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -224,7 +225,7 @@ def test_preparing_twice_does_nothing_and_says_so(tmp_path, capsys):
 def test_a_reader_of_another_number_of_tiles_than_listed_is_refused(tmp_path, monkeypatch, images,
                                                                     masks):
     monkeypatch.setitem(READERS, "own", (
-        lambda folders: [("one.png", "mask.png", [("one", 0, 0, "train")])],
+        lambda folders: [(Path("one.png"), Path("mask.png"), [("one", 0, 0, "train")])],
         lambda image, mask: (noise(*images), noise(*masks))))
     monkeypatch.setitem(data.SETS, "own", data.SETS["monuseg"])
     with pytest.raises(ValueError, match=r"^one\.png: .*\(2, 224, 224"):
