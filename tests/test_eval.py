@@ -351,8 +351,8 @@ def test_a_figure_shows_what_each_network_is_scored_for_from_the_worst_tile_to_t
     drawn = []
     monkeypatch.setattr(evaluation, "draw_figure", draw)
     fit(tmp_path / "conv", "--skip", "conv", "--epochs", "1")
-    results, _ = evaluated(capsys, whole.out / "best.pt", tmp_path / "conv/best.pt", "--figure",
-                           tmp_path / "figure.png")
+    evaluated(capsys, whole.out / "best.pt", tmp_path / "conv/best.pt", "--figure",
+              tmp_path / "figure.png")
     titles, *rows = drawn
     assert titles == ["unet, standard", "unet, conv"] and len(rows) == 2
     sums = []
