@@ -10,10 +10,8 @@ import inspect
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.models.swin_transformer import checkpoint_filter_fn
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -203,6 +201,8 @@ class SwinUNet(nn.Module):
 
     def __init__(self, skip, num_classes, width=None, checkpointing=False):
         super().__init__()
+        import timm  # here, as it takes seconds, which scripts with a U-Net need not wait for
+
         self.encoder = timm.create_model("swin_tiny_patch4_window7_224", num_classes=0)
         fine, middle, coarse = returned_channels(skip, [192, 384, 768])
         self.decoder = nn.ModuleList(double_conv(*channels, norm=False) for channels in [
@@ -326,6 +326,9 @@ def load_encoder(encoder, path=None):
     Swin-UNet; None takes timm's hub. Raises FileNotFoundError where there is nothing to load, and
     ValueError unless the file's names and shapes are all the encoder's, no more and no less.
     """
+    import timm
+    from timm.models.swin_transformer import checkpoint_filter_fn
+
     origin = str(path or f"hub {HUB}")
     path = path or fetch_from_hub()
     try:

@@ -10,11 +10,9 @@ Importing this file enters them in SKIPS and MODELS, as all scripts do.
 
 from itertools import pairwise
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import VGG19_Weights
 
 from models import MODELS, SKIPS, double_conv, he_init, parameter_counts, resize, returned_channels
 from utils import first_line
@@ -263,6 +261,9 @@ class DoubleUNet(nn.Module):
         torchvision's download. Raises FileNotFoundError where there is nothing to load, and
         ValueError for a file that does not hold a VGG-19.
         """
+        import timm  # here, as in models.py
+        from torchvision.models import VGG19_Weights
+
         url = VGG19_Weights.IMAGENET1K_V1.url
         try:
             tensors = (timm.models.load_state_dict(path) if path else
