@@ -4,11 +4,11 @@
     python benchmark.py --compile           # on a GPU: batches of 8 and 50, as in the paper
     python benchmark.py --json speed.json
 
-The baseline is float32, contiguous, eager, Adam as it comes, fusion that convolves before it
-resizes, each tile augmented for itself on the CPU. Both sides take turns in one run, and a ratio is
-the median over repeats of baseline / ours, with its smallest and largest value. Peak memory leaves
-out weights and Adam's moments; on a CPU it depends on the number of threads. mfu (model FLOPs
-utilization) is the share of the rate at which large matrices multiply on the same device.
+The baseline is float32, contiguous and eager, with Adam's defaults, a fusion skip that convolves
+before it resizes, and tiles augmented one by one on the CPU. Both sides take turns in one run; a
+ratio is the median over repeats of baseline / ours, with its smallest and largest. Peak memory
+leaves out weights and Adam's moments; on a CPU it depends on the number of threads. mfu (model
+FLOPs utilization) is the share of the rate at which large matrices multiply on the same device.
 """
 
 import argparse

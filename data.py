@@ -32,9 +32,9 @@ SPLITS = ("tile", "image", "official", "official-sites", "official-all")  # see 
 
 @dataclass
 class Tiles:
-    """images (n, 224, 224, 3) and masks (n, 224, 224), uint8 tensors; of each tile, its row
-    (source image, row, column, part of the official split); what is known of the set, see SETS;
-    of each tile, the first pixel (top, left) in its image, no list if that was not noted."""
+    """images (n, 224, 224, 3) and masks (n, 224, 224), uint8 tensors; for each tile a row (source
+    image, row, column, part of the official split); what is known about the set, see SETS; and for
+    each tile where it starts in its image (top, left), None if that was not noted."""
 
     images: torch.Tensor
     masks: torch.Tensor
@@ -51,9 +51,9 @@ def how_to_prepare(data):
 
 
 def read_info(data, root, num_classes=1):
-    """What is known of a data set -> dict as in SETS; of an own one, what its set.json says.
+    """What is known about a data set -> dict as in SETS; for an own one, from its set.json.
 
-    `num_classes` is of the synthetic set. Raises FileNotFoundError or ValueError saying how to
+    `num_classes` is for the synthetic set. Raises FileNotFoundError or ValueError saying how to
     prepare the data.
     """
     if data in SETS:
@@ -73,7 +73,7 @@ def read_info(data, root, num_classes=1):
 
 
 def set_of(checkpoint, path):
-    """What a checkpoint of train.py knows of the set that it was trained on -> dict as in SETS.
+    """What a checkpoint of train.py knows about the set that it was trained on, as in SETS.
 
     Raises ValueError if it knows nothing, or another number of classes.
     """
@@ -87,7 +87,7 @@ def set_of(checkpoint, path):
 def load(data, root, num_classes=1):
     """Open a prepared data set -> Tiles, memory-mapped. "synthetic" is drawn on the spot.
 
-    `num_classes` is of the synthetic set. Raises FileNotFoundError or ValueError saying how to
+    `num_classes` is for the synthetic set. Raises FileNotFoundError or ValueError saying how to
     prepare the data.
     """
     info = read_info(data, root, num_classes)
@@ -133,8 +133,8 @@ def synthetic(n=100, num_classes=1):
 
 
 # -----------------------------------------------------------------------------
-# Splits (paper 2.3). The order that decides is a hash of names: the same with every --seed, on
-# every machine and with every version of anything.
+# Splits (paper 2.3). They follow from hashes of names, so they are the same for every --seed, on
+# every machine and with every version of every package.
 
 
 def split_by_hash(rows, pool, fraction, unit):
@@ -156,12 +156,12 @@ def split_tiles(data, rows, split):
 
     tile: the paper's. MoNuSeg: 70/20/10 % of all tiles at random, so that tiles of one image fall
     on both sides. BCSS: its test tiles have no masks, so 4,021 validation tiles are the test set.
-    BCSS512: so are 600 training tiles. image: the same shares of whole images, or regions.
-    official: the parts that the set came in; where it has none to validate on, as MoNuSeg, a fifth
-    of the training images does. official-sites: as official, but what validates comes from tissue
-    source sites that are not trained on, as MoNuSeg's test images do. official-all: as official,
-    but trains on what validates as well, for a last run whose flags are settled. Raises ValueError
-    where a part would be empty.
+    BCSS512: 600 training tiles are. image: the same shares of whole images, or regions. official:
+    the parts that the set came in; if it has none for validation, as MoNuSeg has not, a fifth of
+    the training images is taken. official-sites: as official, but validation images come from
+    tissue source sites that are not trained on, as MoNuSeg's test images do. official-all: as
+    official, but validation images are trained on, too, for a last run whose flags are settled.
+    Raises ValueError if a part would be empty.
     """
     everything = range(len(rows))
     official = {part: [i for i in everything if rows[i][3] == part]
@@ -192,7 +192,7 @@ def split_tiles(data, rows, split):
 
 
 def fingerprint(rows, parts):
-    """A short text that tells whether two splits are of the same tiles."""
+    """A short text that is the same for two splits only if they are of the same tiles."""
     names = {part: [rows[i][:3] for i in indices] for part, indices in parts.items()}
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
@@ -204,7 +204,7 @@ def fingerprint(rows, parts):
 
 @dataclass
 class WholeImage:
-    """grid (R, C): indices of the tiles; tops, lefts: R and C first pixels of theirs, ascending."""
+    """grid (R, C): indices of the tiles; tops (R), lefts (C): where they start, in pixels."""
 
     grid: torch.Tensor
     tops: list
@@ -264,7 +264,7 @@ def cut(tiles, whole, top, left, height, width):
 
 
 def generator(*numbers):
-    """A random generator for, say, (seed, epoch, step): what it yields depends on these alone."""
+    """A random generator for, say, (seed, epoch, step): what it yields depends on nothing else."""
     digest = hashlib.sha256(repr(numbers).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 2)
 
@@ -272,7 +272,8 @@ def generator(*numbers):
 def read_tiles(tiles, indices, device):
     """Cut tiles out of the set as they are stored -> what `to_batch` takes, pinned for CUDA.
 
-    Touches no other device than the set's, so that a thread may do it ahead: MPS bears only one.
+    Touches no device but the set's, so that a thread may do it ahead of time, even though MPS must
+    be used from one thread only.
     """
     indices = to_device(indices, tiles.images.device)
     return pinned([array.index_select(0, indices) for array in (tiles.images, tiles.masks)],
@@ -283,7 +284,7 @@ def read_windows(tiles, wholes, indices, places, scale, device):
     """Cut windows out of the whole images of some tiles -> what `to_batch` takes, pinned for CUDA.
 
     Each piece has room around the window to turn and grow, see `window_side`.
-    places (n, 2): where their centres lie, 0..1 of the way that a tile can move within its image.
+    places (n, 2): where windows lie, 0..1 of the way that a tile can move within its image.
     """
     side, pieces = window_side(scale), []
     for index, place in zip(indices.tolist(), places.tolist()):
@@ -295,12 +296,12 @@ def read_windows(tiles, wholes, indices, places, scale, device):
 
 
 def window_side(scale):
-    """Pixels of a square that holds a window turned by 45 degrees and at its largest scale."""
+    """Pixels along a square that holds a window turned by 45 degrees at its largest scale."""
     return 2 * math.ceil(TILE * math.exp(scale) / math.sqrt(2) + ELASTIC_STD)
 
 
 def pinned(arrays, tiles, device):
-    """The set's tensors `arrays`, for CUDA in memory from which it copies without waiting."""
+    """The same tensors, for CUDA in pinned memory, from which it copies without waiting."""
     pin = torch.device(device).type == "cuda" and not tiles.images.is_cuda
     return [array.pin_memory() for array in arrays] if pin else arrays
 
@@ -331,10 +332,10 @@ def train_batches(tiles, indices, batch_size, seed, first_step, last_step, devic
     process's share of the batch size. Every epoch has an order of its own, and leaves out the tiles
     of an incomplete batch. Chance depends on the seed and the step alone, so that resuming needs no
     generator's state; PyTorch's own generator is seeded, too, for what the network draws.
-    `augmentations` are names of WARPS and COLOURS in one text, or "all", or "none". With `windows`
-    above 0 a tile stands for a window anywhere in its image, one of `wholes` as `whole_images`
-    returns them, whose scale varies by up to exp(+-windows). `stain` is the strength of the stains'
-    variation; 0 leaves either out.
+    `augmentations` is "all", "none", or names from WARPS and COLOURS, separated by spaces. With
+    `windows` above 0, a tile stands for a window anywhere in its image, one of `wholes` (see
+    `whole_images`), at a scale that varies by up to exp(+-windows). `stain` is how much stains
+    vary. 0 leaves either out.
     """
     names = [*WARPS, *COLOURS] if augmentations == "all" else augmentations.split()
     steps = len(indices) // batch_size  # in an epoch
@@ -409,9 +410,9 @@ def change_stain(images, changes):
     return density.neg_().exp_().clamp_(0, 1)
 
 
-# What moves pixels is one look-up, below. What changes colours is a function that draws parameters,
-# (n, generator) -> tensor on the CPU, and one that applies them, (images (n, 3, H, W), 0..1,
-# parameters) -> images: one entry adds another.
+# All that moves pixels is one look-up, below. A change of colours is two functions: one draws its
+# parameters, (n, generator) -> tensor on the CPU, the other applies them, (images (n, 3, H, W),
+# 0..1, parameters) -> images. One entry adds another.
 WARPS = ("flip", "rotation", "grid", "elastic")
 COLOURS = {"brightness": (draw_brightness, change_brightness)}
 
@@ -421,9 +422,9 @@ def draw_augmentation(n, generator, names=(*WARPS, *COLOURS), windows=0.0, stain
 
     matrix (n, 2, 2): flips and rotation; columns, rows (n, 6): the grid's distorted lines, -1..1;
     elastic (n, 2, 10, 10): shifts at the grid's points; brightness (n, 1): factors. A warp that is
-    not in `names` is drawn as well but changes nothing, so that the others stay what they are. With
-    `windows` above 0 also zoom (n,): a window's share of the piece that was cut out for it; with
-    `stain` above 0 also stain (n, 2, 3): factors and shifts.
+    not in `names` is drawn, too, but changes nothing, so that the draws of the others do not
+    depend on it. With `windows` above 0, also zoom (n,): a window's share of the piece that was cut
+    out for it; with `stain` above 0, also stain (n, 2, 3): factors and shifts.
     """
     def happens(name, *shape):
         return chance(*shape, generator=generator) * (name in names)
@@ -452,10 +453,10 @@ def augment(images, masks, draws):
     """Flip, rotate, distort and brighten each tile its own way (paper 2.4).
 
     images (n, 3, H, W) float 0..1, masks (n, H, W) integer, draws from `draw_augmentation`; returns
-    the same types and shapes, but for windows 224 x 224, of which images and masks hold more. Every
-    output pixel looks up one place of the input: its position is bent along each axis (grid
-    distortion), turned and mirrored, shifted (elastic), and scaled. Images are interpolated, masks
-    take the nearest label, beyond the border both continue mirrored.
+    the same types and shapes. (Windows come in larger pieces and leave as 224 x 224.) Every output
+    pixel looks up one place of the input: its position is bent along each axis (grid distortion),
+    turned and mirrored, shifted (elastic), and scaled. Images are interpolated, masks take the
+    nearest label, and beyond the border both continue mirrored.
     """
     device = images.device
     height, width = (TILE, TILE) if "zoom" in draws else images.shape[2:]

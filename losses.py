@@ -2,7 +2,7 @@
 
 Each loss gives one value per tile, (N,), of which train.py takes the mean: every tile counts alike,
 and no value depends on how tiles were batched. All are computed in float32, whatever the logits
-are: half precision can neither overflow nor round a sum over 50,000 pixels.
+are: half precision could overflow, or round a sum over 50,000 pixels.
 """
 
 import math
@@ -122,8 +122,8 @@ SCHEDULES = {"constant": constant, "cosine": cosine}
 # Recipes
 
 # The paper's (3.2). It writes the rates "10e-3" and "10e-5" and means 1e-3 and 1e-5. The synthetic
-# set's recipe is ours, sized for a laptop. What a network's own entry holds replaces the rest. An
-# own set of one class takes MoNuSeg's, of several BCSS's.
+# set's recipe is ours, sized for a laptop. An entry for a network replaces the values beside it. A
+# set of your own takes MoNuSeg's if it has one class, else BCSS's.
 RECIPES = {
     #             passes       tiles a step     Adam's rate  U-Net's first level
     "synthetic": {"epochs": 8, "batch_size": 2, "lr": 1e-3, "width": 16, "swin_unet": {"lr": 1e-4}},

@@ -27,8 +27,9 @@ def resize(x, size):
 
 # -----------------------------------------------------------------------------
 # The three skip connections. Each maps the encoder's list of feature maps, finest first, to the
-# list that the decoder concatenates: same number, same sides. Level i's map is x_i, with C_i
-# channels. So has what the skip returns, unless its class says otherwise in `out_channels`.
+# list that the decoder concatenates: as many maps, of the same sizes. Level i's map is x_i, with
+# C_i channels. What the skip returns has as many, unless its class has an `out_channels` that says
+# otherwise.
 
 
 class StandardSkip(nn.Module):
@@ -50,7 +51,7 @@ def pointwise(channels, depth):
 
 
 class ConvSkip(nn.Module):
-    """y_i = W_i x_i, a 1x1 convolution with bias on every level; with a `depth`, so many."""
+    """y_i = W_i x_i, a 1x1 convolution with bias on every level, or `depth` of them in a row."""
 
     def __init__(self, channels, depth=1):
         super().__init__()
@@ -66,7 +67,7 @@ class FusionSkip(nn.Module):
     A 1x1 convolution mixes channels and a bilinear resize mixes pixels with weights that sum to 1,
     so the two commute, bias included. Whichever leaves less work for the other goes first: a finer
     map is shrunk before its convolution, a coarser one is enlarged after it. The paper convolves
-    first everywhere; the function is the same. With a `depth`, W_i is so many convolutions.
+    first everywhere; the function is the same. W_i may be `depth` convolutions in a row.
     """
 
     def __init__(self, channels, depth=1):
@@ -93,11 +94,11 @@ SKIPS = {"standard": StandardSkip, "conv": ConvSkip, "fusion": FusionSkip}
 
 
 def returned_channels(skip, channels):
-    """The channels that a skip's maps have, level by level, if those that it is given have these.
+    """How many channels a skip returns on each level -> list, given how many it is to receive.
 
-    `skip` is a class of SKIPS; only one that returns others has a static method `out_channels`.
+    `skip` is a class from SKIPS. Only one that changes them has a static method `out_channels`.
     """
-    if isinstance(skip, partial):  # it has a depth
+    if isinstance(skip, partial):  # its depth is set already
         skip = skip.func
     return getattr(skip, "out_channels", list)(channels)
 
@@ -239,16 +240,16 @@ class SwinUNet(nn.Module):
 
 
 MODELS = {"unet": UNet, "swin_unet": SwinUNet}
-MOST_SKIP_DEPTH = 16  # so that no file can ask for a million
+MOST_SKIP_DEPTH = 16  # so that no damaged file can ask for a million
 
 
 def create_model(model, skip, num_classes, width=64, checkpointing=False, skip_depth=1):
-    """Build a network: `model` from MODELS, `skip` from SKIPS; both tables take one more entry.
+    """Build a network: `model` from MODELS, `skip` from SKIPS. One more entry there adds another.
 
-    `width` is the U-Net's first-level channel count (paper: 64), `checkpointing` has its training
-    recompute feature maps instead of keeping them, `skip_depth` is how many 1x1 convolutions stand
-    for one in a skip that takes a `depth`. Raises ValueError for a name in no table, and for a
-    depth that is out of range or means nothing to the skip.
+    `width` is the U-Net's first-level channel count (paper: 64); `checkpointing` makes training
+    recompute feature maps instead of keeping them; `skip_depth` is the `depth` of skips that have
+    one. Raises ValueError for an unknown name, and for a depth that is out of range or that the
+    skip does not have.
     """
     if model not in MODELS or skip not in SKIPS:
         raise ValueError(f"no network is called {model!r} with {skip!r} skips: there are "
@@ -270,7 +271,7 @@ def build_model(checkpoint, path):
     arguments = (args["model"], args["skip"], checkpoint["num_classes"], args["width"], False,
                  args.get("skip_depth", 1))  # older checkpoints do not name it
     try:
-        with torch.device("meta"):  # shapes need no memory, however large a file says it is
+        with torch.device("meta"):  # shapes need no memory, however large the file claims to be
             create_model(*arguments).load_state_dict(dict(checkpoint["model"]), assign=True)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path}: its weights do not fit the {args['model']} with {args['skip']} "
@@ -286,7 +287,7 @@ def build_model(checkpoint, path):
 
 
 def checkpointed(block, x):
-    """block(x), but what it keeps for the backward pass is computed anew there."""
+    """block(x), which recomputes in the backward pass what it would otherwise keep for it."""
     # A compiled block counts a batch once in any case, and torch.compile takes no context_fn.
     contexts = {} if torch.compiler.is_compiling() else {
         "context_fn": lambda: (nullcontext(), statistics_off(block))}
@@ -295,9 +296,9 @@ def checkpointed(block, x):
 
 @contextmanager
 def statistics_off(block):
-    """While a block is computed anew, keep BatchNorm from counting the same batch twice.
+    """While a block is recomputed, keep BatchNorm from counting the same batch twice.
 
-    What it saves for the backward pass must not change, so it still gets its running statistics: a
+    What it saves for the backward pass must not change, so it keeps its running statistics, but a
     momentum of 0 leaves them as they are. Its counter of batches is a copy that is thrown away.
     """
     norms = [layer for layer in block if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
@@ -324,7 +325,7 @@ def load_encoder(encoder, path=None):
 
     `path` is Microsoft's original file, timm's .safetensors or .pth, or a checkpoint of ours with a
     Swin-UNet; None takes timm's hub. Raises FileNotFoundError where there is nothing to load, and
-    ValueError unless the file's names and shapes are all the encoder's, no more and no less.
+    ValueError unless the file's names and shapes are exactly the encoder's.
     """
     import timm
     from timm.models.swin_transformer import checkpoint_filter_fn
@@ -338,8 +339,8 @@ def load_encoder(encoder, path=None):
     except Exception as error:  # as in load_checkpoint
         raise ValueError(f"{path}: not weights, or damaged ({first_line(error)})") from None
 
-    # A checkpoint of ours holds a whole network. Microsoft's names are not timm's, which knows how
-    # to convert them; it would also resize tables of another Swin, which then is none of ours.
+    # A checkpoint of ours holds a whole network. timm converts Microsoft's names to its own; as it
+    # would also resize the tables of another Swin, no shape may have changed on the way.
     if any(name.startswith("encoder.") for name in tensors):
         tensors = {name.removeprefix("encoder."): tensor for name, tensor in tensors.items()
                    if name.startswith("encoder.")}
@@ -369,7 +370,7 @@ def fetch_from_hub():
     if isinstance(cached, str):
         return cached
     try:
-        # Ask once, with a time limit: without a network, the download alone would retry for long.
+        # Ask once, with a time limit: without a network, the download itself would retry for long.
         get_hf_file_metadata(hf_hub_url(HUB, "model.safetensors"), timeout=5)
         return hf_hub_download(HUB, "model.safetensors")
     except Exception as error:  # the hub's errors have no common base

@@ -6,8 +6,8 @@
 An image NAME is brought to the scale of the training set and predicted in overlapping tiles, whose
 probabilities fade into each other, so that no seam shows. It yields NAME_mask.png (class indices,
 shown in colours; of one class, 1 is a nucleus) and NAME_overlay.png (outlines on the image), and on
-demand NAME_probabilities.npy (float16, at the training scale: height, width, classes). What stands
-under these names is replaced only if predict.py has written it.
+demand NAME_probabilities.npy (float16, at the training scale: height, width, classes). Files of
+these names are replaced only if predict.py wrote them.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""Raw files to tiles (paper 2.3): what is known of each data set, reading, finding, preparing.
+"""Raw files to tiles (paper 2.3): what is known about each data set, reading, finding, preparing.
 
-`python data.py prepare` is the command. Whatever is wrong with a raw file is a ValueError that
+`python data.py prepare` is the command. Whatever is wrong with a raw file raises a ValueError that
 names it.
 """
 
@@ -27,7 +27,7 @@ from utils import lock_folder, print_progress, write_atomic
 warnings.filterwarnings("ignore", module="PIL")  # of damaged files, what we say is enough
 TILE = 224  # pixels, the side of a tile
 
-# What is known of a set. `classes` names its labels: one class means a foreground against a
+# What is known about a set. `classes` names its labels: one class means a foreground against a
 # background, which takes one logit and BCE; several take a logit each. `scale` is the factor by
 # which raw images are resized before they are cut, `split` the default of --split, and `recipe` a
 # row of RECIPES in losses.py.
@@ -48,10 +48,10 @@ SETS["monuseg-exact"] = SETS["monuseg"]  # the same tiles, their nuclei drawn by
 
 # -----------------------------------------------------------------------------
 # A prepared set is a folder with images.npy (n, 224, 224, 3) and masks.npy (n, 224, 224), both
-# uint8, tiles.csv, one line per tile: source image, row, column, the part of the official split
-# that it belongs to, and where in the image its corner lies, and set.json, what is known of the
-# set. The arrays are memory-mapped, so that a batch is one indexing operation and no loader is
-# needed.
+# uint8; tiles.csv, which has a line for each tile (source image, row, column, the part of the
+# official split that it belongs to, and where in the image it starts); and set.json, what is known
+# about the set. The arrays are memory-mapped, so that a batch is one indexing operation and no
+# loader is needed.
 
 ARRAYS = {"images": (TILE, TILE, 3), "masks": (TILE, TILE)}  # shape of a tile in each
 COLUMNS = ("image", "row", "column", "official", "top", "left")  # of tiles.csv
@@ -74,7 +74,7 @@ MONUSEG_LATER = """TCGA-BC-A217-01Z-00-DX1 TCGA-F9-A8NY-01Z-00-DX1 TCGA-FG-A87N-
 
 
 def depth_and_pages(image):
-    """Bits a channel, and how many pages there are; a slide's smaller copies of itself are none."""
+    """Bits per channel, and how many pages there are; smaller copies of a slide do not count."""
     if image.format != "TIFF":
         return 16 if ";16B" in str(image.tile) else 8, 1  # so Pillow notes what a PNG holds
     pages, size = image.n_frames, image.size
@@ -282,8 +282,8 @@ def check_size(image_path, image, mask_path, mask):
 
 
 # -----------------------------------------------------------------------------
-# Finding raw files. A list of (image path, annotation path, its lines of tiles.csv). (Tiles of
-# BCSS come by themselves: where in their region they lie is not known in pixels of theirs.)
+# Finding raw files: lists of (image path, annotation path, its lines of tiles.csv). (BCSS comes as
+# tiles: where they start in their region is not known in their own pixels.)
 
 
 def walk(folders):
@@ -449,7 +449,7 @@ READERS = {
 def prepare(data, folders, root, **options):
     """Write ROOT/DATA/{images.npy, masks.npy, tiles.csv} from the raw files below the folders.
 
-    `options` are those of the set's find function. Works in ROOT/DATA.partial, continues there
+    `options` go to the set's find function. Works in ROOT/DATA.partial, continues there
     after an interruption, and renames it when whole. Raises ValueError naming the first raw file
     that cannot be used; what is done stays.
     """
@@ -518,7 +518,7 @@ def prepare(data, folders, root, **options):
             eta = (time.time() - start) / (state["files"] - first) * (len(items) - state["files"])
             print_progress(f"{data}: {state['files']}/{len(items)} files, {eta:.0f} s left")
 
-    # Complete: what is known, the table, then the name that the other scripts look for.
+    # Complete it: what is known, the table, then the name that the other scripts look for.
     source = {"from": [str(Path(folder).absolute()) for folder in folders]}
     (working / "set.json").write_text(json.dumps(info | source, indent=1), encoding="utf-8")
     with open(working / "tiles.csv", "w", newline="", encoding="utf-8") as file:

@@ -119,7 +119,7 @@ def flag(name, value):
 
 
 def label(result):
-    """What runs that share a mean have in common, beside data, split and skip."""
+    """What runs that are averaged have in common, beside data, split and skip."""
     version = result["recipe_version"]
     older = "" if version == RECIPE_VERSION else f" (recipe {version or 'unknown'})"
     return f"{result['args']['model']} {flags(result)}".strip() + older
@@ -140,7 +140,7 @@ def markdown(titles, rows):
 
 
 def one_cell(value):
-    """A text that, out of whatever file, can neither break a table nor become a comment."""
+    """A text, from whatever file, made unable to break a table or to become a comment."""
     return " ".join(str(value).replace("|", "\\|").replace("<", "&lt;").split())
 
 
@@ -271,8 +271,8 @@ def pairs_needed(differences):
 def one_flag_more(results):
     """What one flag more changes in the IoU per tile, of validation and of test, seed by seed.
 
-    Scores of runs are followed by the differences that every single flag makes with which they were
-    repeated, in the network, data and split of the same seed.
+    Below the scores of some runs stand the differences made by each single flag with which they
+    were repeated, all else and the seed being the same.
     """
     def changed(result):
         return frozenset(recipe_overrides(result["args"]).items())

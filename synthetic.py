@@ -1,10 +1,10 @@
 """Synthetic tissue, drawn in a moment: the data set on which every first run learns.
 
-One class, nuclei: tiles that look like H&E-stained tissue, in which colour alone does not tell
-what is a nucleus. Several, 3 to 22: regions with textures and mixtures of nuclei of their own, in
-which only the surroundings tell some nuclei apart. Every number of classes from 3 on has the very
-same images. The classes form a tree: each splits off an earlier one, and with K classes the labels
-K and above are merged into what they split off, so that K changes nothing but the labels.
+With one class, nuclei, tiles look like H&E-stained tissue in which colour alone does not tell what
+is a nucleus. With 3 to 22 classes there are regions, each with its own texture and mixture of
+nuclei, and only their surroundings tell some nuclei apart. Every number of classes from 3 on has
+the very same images. The classes form a tree: each splits off an earlier one, and with K classes
+the labels K and above are merged into what they split off, so that K changes only the labels.
 """
 
 import numpy as np

@@ -35,7 +35,7 @@ from utils import (ARGS, CHECKPOINT, autocast, device_name, leave_processes, loa
                    save_checkpoint, setup_processes, write_atomic)
 
 
-# What a run's checkpoints and scores.json record of its flags: all that its digits depend on.
+# The flags that checkpoints and scores.json record: all that a run's digits depend on.
 RECORDED = (*ARGS, "recipe", "classes", "loss", "schedule", "weight_decay", "ema", "augment",
             "windows", "stain", "skip_depth", "bf16")
 
@@ -48,27 +48,27 @@ def parse_args(argv=None):
     parser.add_argument("--skip", choices=SKIPS, default="standard",
                         help="skip connections (default: standard)")
     parser.add_argument("--skip-depth", type=number(int, most=MOST_SKIP_DEPTH), metavar="N",
-                        help="of conv and fusion: N 1x1 convolutions, ReLU between them, for each "
-                             "y_i, where the paper has one (default: 1)")
+                        help="conv and fusion: N 1x1 convolutions in a row, with ReLU between "
+                             "them, to make y_i; the paper has one (default: 1)")
     parser.add_argument("--data", default="synthetic", help="monuseg, monuseg-exact, bcss, "
                         "bcss512, a prepared set of your own (default: synthetic, drawn on the "
                         "spot)")
     parser.add_argument("--classes", type=number(int, above=2, most=22), metavar="K",
-                        help="of synthetic: regions and nuclei of 3 to 22 classes in place of "
-                             "nuclei alone; the tiles are the same for every K, and the labels "
-                             "K to 21 are merged into those that they are part of")
+                        help="synthetic: regions and nuclei of 3 to 22 classes instead of nuclei "
+                             "alone; the tiles are the same for every K, with labels K to 21 "
+                             "merged into those that they are part of")
     parser.add_argument("--split", choices=SPLITS,
-                        help="what is drawn for testing: tiles as in the paper, whole images (the "
-                             "default of own sets), or the parts that the set came in "
-                             "(theirs if they have parts): official-sites validates on other "
-                             "hospitals than it trains on, official-all trains on what validates, "
-                             "too")
+                        help="what is drawn for testing: tiles, as in the paper, or whole images; "
+                             "official takes the parts that the set came in, official-sites "
+                             "validates on other hospitals than it trains on, official-all also "
+                             "trains on the validation images (default: tile; own sets: official "
+                             "if they came in parts, else image)")
     parser.add_argument("--seed", type=number(int, above=-1, most=2**63 - 1), default=0,
-                        help="of all chance but the split's (default: 0)")
+                        help="of everything random but the split (default: 0)")
     # The recipe
     parser.add_argument("--recipe", choices=("paper", "strong"), default="paper",
-                        help="what the flags below default to: the paper's values, or what later "
-                        "work found to pay (default: paper)")
+                        help="what the flags below default to: the paper's values, or those that "
+                        "later work found to pay (default: paper)")
     parser.add_argument("--epochs", type=number(int, most=10**6), help="passes over the training "
                         "tiles")
     parser.add_argument("--batch-size", type=number(int), help="tiles per step")
@@ -83,29 +83,28 @@ def parse_args(argv=None):
     parser.add_argument("--loss", choices=LOSSES, help="bce and bce+dice are for one class, ce and "
                         "ce+dice for several")
     parser.add_argument("--augment", nargs="+", choices=("all", "none", *WARPS, *COLOURS),
-                        help="what changes training tiles (default: all)")
+                        help="augmentations of training tiles (default: all)")
     parser.add_argument("--windows", type=number(float, above=-1e-9, most=1), metavar="SCALE",
                         help="train on windows anywhere in whole images, their scale varied by up "
                         "to exp(+-SCALE) (strong: 0.25; 0: on the tiles as they are)")
     parser.add_argument("--stain", type=number(float, above=-1e-9, most=1), metavar="STRENGTH",
-                        help="vary haematoxylin, eosin and the rest of each tile by up to this "
-                        "share (strong: 0.25; 0: not)")
+                        help="vary each tile's haematoxylin, eosin and the rest by up to this "
+                        "share (strong: 0.25; 0: do not)")
     parser.add_argument("--width", type=number(int, most=1024),
                         help="channels of the U-Net's first level")
     parser.add_argument("--ignore-index", type=int, nargs="+", default=[], metavar="LABEL",
                         help="labels left out of loss and scores (default: none, as the paper)")
-    parser.add_argument("--weights", type=Path, help="file for the encoder: of Swin-UNet "
-                        "Microsoft's or timm's, of DoubleU-Net torchvision's, or a checkpoint of "
-                        "ours (default: timm's hub, torchvision's download)")
+    parser.add_argument("--weights", type=Path, help="file for the encoder: Microsoft's or timm's "
+                        "for Swin-UNet, torchvision's for DoubleU-Net, or a checkpoint of ours "
+                        "(default: timm's hub, torchvision's download)")
     parser.add_argument("--no-pretrained", action="store_true",
                         help="start Swin-UNet or DoubleU-Net from scratch")
     # Speed and memory
     parser.add_argument("--bf16", action="store_true", default=None, help="train in bfloat16 on a "
-                        "CPU as well, which may pay where it has instructions for that "
-                        "(avx512_bf16, amx) and is far slower where not; CUDA always trains in "
-                        "half precision")
+                        "CPU, too: it may pay on one with instructions for it (avx512_bf16, amx) "
+                        "and is far slower on others; CUDA always trains in half precision")
     parser.add_argument("--compile", action="store_true",
-                        help="torch.compile the network: pays on a GPU, not on a CPU")
+                        help="torch.compile the network: pays on a GPU, hardly on a CPU")
     parser.add_argument("--checkpointing", action="store_true",
                         help="recompute the U-Net's largest maps: half the memory, more time")
     # Where
@@ -114,7 +113,7 @@ def parse_args(argv=None):
     parser.add_argument("--resume", action="store_true",
                         help="go on from the run folder's last.pt; start if there is none")
     parser.add_argument("--save-every", type=number(float), default=5, metavar="MINUTES",
-                        help="also save within an epoch, so often (default: 5)")
+                        help="how often to save within an epoch (default: 5)")
     parser.add_argument("--data-root", default="data", help="folder of the prepared data "
                         "(default: data)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
@@ -161,7 +160,7 @@ def default_folder(args, split):
 def main(args):
     """Train, validate after every epoch, test the best one -> per-tile IoU of the test set, 0..1.
 
-    Raises ValueError or OSError for what the user can mend; last.pt then holds the last good state.
+    Raises ValueError or OSError for what the user can mend; last.pt then has the last good state.
     """
     device, rank, world_size = setup_processes(pick_device(args.device))
     tiles, parts, wholes = open_data(args, device, world_size)
@@ -224,7 +223,8 @@ def main(args):
             dist.all_reduce(losses[place])
         run["step"], now, last_of_epoch = step + 1, time.time(), place == num_steps - 1
 
-        # Once a second say how far we are: asking for the loss halts a GPU's queue. Save sometimes.
+        # Tell how far we are, but once a second only: reading the loss waits for the GPU. Save now
+        # and then.
         speed = args.batch_size * (run["step"] - first) / max(now - start, 1e-3)
         eta = timedelta(seconds=round((total - run["step"]) * args.batch_size / speed))
         if now - shown > 1 or last_of_epoch:
@@ -238,7 +238,7 @@ def main(args):
         if not last_of_epoch:
             continue
 
-        # Validate, and write all that it takes to go on, the log, and the best epoch's weights.
+        # Validate; write all that it takes to go on, the log, and the best epoch's weights.
         row = {"epoch": epoch + 1, "train_loss": losses.mean().item(),
                **validate(args, epoch + 1, scored, tiles, parts["val"], loss_fn, device, rank,
                           world_size)}
@@ -261,7 +261,7 @@ def main(args):
 
 
 def is_scored(path, epochs):
-    """Whether these scores are of all epochs: a run that was made longer has those of before."""
+    """Whether there are scores of so many epochs: a lengthened run has those of its first end."""
     return path.exists() and len(read_scores(path)["log"]) == epochs
 
 
@@ -317,8 +317,8 @@ def build_training(args, num_classes, device):
 def update_average(average, model, step, decay):
     """Move `average`, a network, a little towards `model`, the same one after this step.
 
-    `step` counts from 0, `decay` is 0..1: what stays of the average. It forgets faster in the
-    beginning, when what there is to remember is worse. BatchNorm's statistics are averaged, too.
+    `step` counts from 0; `decay`, 0..1, is the share of the average that stays. It is smaller at
+    first, as early weights are not worth remembering. BatchNorm's statistics are averaged, too.
     """
     decay = min(decay, (step + 1) / (step + 10))
     for mean, value in zip(average.state_dict().values(), model.state_dict().values()):
@@ -329,9 +329,9 @@ def update_average(average, model, step, decay):
 
 
 def memory_format_for(device, bf16):
-    """How maps lie in memory: channels last, but for float32 on CPUs that are slower so."""
-    likes_it = bf16 or device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return torch.channels_last if likes_it else torch.contiguous_format
+    """How maps lie in memory: channels last, unless in float32 on CPUs that are slower with it."""
+    faster = bf16 or device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return torch.channels_last if faster else torch.contiguous_format
 
 
 def open_folder(args):
@@ -371,7 +371,7 @@ def resume(args, run, model, scored, optimizer, scaler):
 
 
 def read_last(path, run, optimizer):
-    """Read a last.pt and check that it is of this very run -> checkpoint, None if there is none.
+    """Read last.pt and check that it belongs to this run -> checkpoint, None if there is none.
 
     Raises ValueError if it is of another recipe, other data or another network.
     """
@@ -414,7 +414,7 @@ def read_last(path, run, optimizer):
 
 
 def wrap(model, compiled, device, world_size):
-    """The network as it is trained: on several processes, and compiled, or neither."""
+    """The network as it is trained, for several processes and compiled where asked for."""
     if world_size > 1:
         if device.type == "cuda":  # statistics of the whole batch, as one process has them
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -180,12 +180,12 @@ def run_cli(main, parse_args, after_interrupt="nothing unfinished was kept"):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        text = first_line(error)
-        if is_out_of_memory(error):
+        text, lacks_memory = first_line(error), is_out_of_memory(error)
+        if lacks_memory:
             text = f"out of memory ({text}): give less at a time, or use a smaller network"
         elif isinstance(error, RuntimeError):
             raise  # a mistake of ours
-        if is_first or is_out_of_memory(error):  # else one process speaks for all of its node
+        if is_first or lacks_memory:  # else one process speaks for all of its node
             print_progress("")
             print(f"{name}: {text}", file=sys.stderr)
         sys.exit(2)
