@@ -29,7 +29,8 @@ from data import (BRIGHTNESS, CHANCE, TILE, augment, draw_augmentation, generato
 from losses import loss_for
 from models import MODELS, SKIPS, FusionSkip, create_model, resize
 from train import build_training, memory_format_for, wrap
-from utils import autocast, device_name, number, pick_device, run_cli, write_atomic
+from utils import (autocast, device_name, is_out_of_memory, number, pick_device, run_cli,
+                   write_atomic)
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to the terminal
 DATA_TILES = 50  # augmented together: the paper's larger batch
@@ -75,7 +76,8 @@ def build_step(args, model, skip, images, masks, device, naive=False):
 
     The step is train.py's or the baseline's: the same arithmetic, from the same weights.
     """
-    fast, loss_fn = device.type == "cuda" and not naive, loss_for(1)
+    fast = device.type == "cuda" and not naive
+    loss_fn = loss_for(1)
     memory_format = torch.contiguous_format if naive else memory_format_for(device, bf16=False)
     if naive:
         torch.manual_seed(0)
@@ -174,9 +176,9 @@ def main(args):
     device = pick_device(args.device)
     sizes = args.batch_size or ([8, 50] if device.type == "cuda" else [2])
     rate, tiles = matmul_rate(device), synthetic(max(DATA_TILES, *sizes))
-    indices, chance = torch.arange(DATA_TILES), generator(0)
+    indices, rng = torch.arange(DATA_TILES), generator(0)
     data = compare(lambda: augment(*get_batch(tiles, indices, device),
-                                   draw_augmentation(DATA_TILES, chance)),
+                                   draw_augmentation(DATA_TILES, rng)),
                    lambda: naive_batch(tiles, indices, device), DATA_TILES, device, args.repeats)
     print(f"torch {torch.__version__}, {device_name(device)}, U-Net of width {args.width}, matmul "
           f"{rate / 1e12:.3g} TFLOP/s, repeats {args.repeats}; ratio: baseline / ours\n"
@@ -194,8 +196,8 @@ def main(args):
                              f"{step['images_per_second']:.2f}", spread(step),
                              f"{step['peak_bytes'] / 1e6:,.0f}", f"{step['peak_ratio']:.2f}",
                              f"{step['mfu']:.0%}", f"{step['data_share']:.2%}"), flush=True)
-        except RuntimeError as error:
-            if "memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
             print(f"{name}: does not fit into memory, ours or the baseline", flush=True)
         if args.json:

@@ -113,7 +113,7 @@ def train_cell(cell):
 
 
 def train_cells(cells, jobs):
-    """Train so many cells at a time -> list of how some of them failed."""
+    """Train `jobs` cells at a time -> list of how some of them failed."""
     failed = []
     with ThreadPoolExecutor(jobs) as pool:
         for done, failure in enumerate(pool.map(train_cell, cells), 1):
@@ -161,14 +161,15 @@ def differences(results, which, skip):
 
 
 def fusion_pays(results):
-    """The primary comparison. There is no p value before the last seed: nobody stops by a look."""
+    """The primary comparison; no p value before the last seed, lest it make one stop early."""
     compared = [[*differences(results, which, "fusion").values()] for which in CLASSES]
     columns = [["-"] * len(CLASSES)] * 3
     if all(len(values) == len(SEEDS) for values in compared):
         raw = [p_value(values) for values in compared]
+        corrected = holm(raw)
         pays = ["yes" if p < LEVEL and statistics.mean(values) >= WORTH else "no"
-                for p, values in zip(holm(raw), compared)]
-        columns = [[f"{p:.4f}" for p in raw], [f"{p:.4f}" for p in holm(raw)], pays]
+                for p, values in zip(corrected, compared)]
+        columns = [[f"{p:.4f}" for p in raw], [f"{p:.4f}" for p in corrected], pays]
     return markdown(["Classes", "fusion - standard", "p", "p after Holm", "Fusion pays"], [
         [k, mean_and_error(values), *row]
         for (k, _), values, *row in zip(CLASSES, compared, *columns)])

@@ -45,13 +45,13 @@ class Tiles:
 
 def how_to_prepare(data):
     if data == "monuseg-exact":
-        return "run `python data.py prepare monuseg --raster exact --from DIR`"
+        return "run ./prepare_data.sh monuseg --raster exact"
     return (f"run ./prepare_data.sh {data}" if data in READERS else
             f"run `python data.py prepare {data} --from DIR`, DIR with folders images and masks")
 
 
 def read_info(data, root, num_classes=1):
-    """What is known about a data set -> dict as in SETS; for an own one, from its set.json.
+    """What is known about a data set -> dict as in SETS; for a set of your own, from its set.json.
 
     `num_classes` is for the synthetic set. Raises FileNotFoundError or ValueError saying how to
     prepare the data.
@@ -157,7 +157,7 @@ def split_tiles(data, rows, split):
     tile: the paper's. MoNuSeg: 70/20/10 % of all tiles at random, so that tiles of one image fall
     on both sides. BCSS: its test tiles have no masks, so 4,021 validation tiles are the test set.
     BCSS512: 600 training tiles are. image: the same shares of whole images, or regions. official:
-    the parts that the set came in; if it has none for validation, as MoNuSeg has not, a fifth of
+    the parts that the set came in; if it has none for validation (MoNuSeg has none), a fifth of
     the training images is taken. official-sites: as official, but validation images come from
     tissue source sites that are not trained on, as MoNuSeg's test images do. official-all: as
     official, but validation images are trained on, too, for a last run whose flags are settled.
@@ -263,9 +263,9 @@ def cut(tiles, whole, top, left, height, width):
 # Batches
 
 
-def generator(*numbers):
+def generator(*key):
     """A random generator for, say, (seed, epoch, step): what it yields depends on nothing else."""
-    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 2)
 
 
@@ -296,7 +296,7 @@ def read_windows(tiles, wholes, indices, places, scale, device):
 
 
 def window_side(scale):
-    """Pixels along a square that holds a window turned by 45 degrees at its largest scale."""
+    """Pixels along a square with room for a window at 45 degrees, its largest scale, and shifts."""
     return 2 * math.ceil(TILE * math.exp(scale) / math.sqrt(2) + ELASTIC_STD)
 
 
@@ -356,9 +356,9 @@ def train_batches(tiles, indices, batch_size, seed, first_step, last_step, devic
             if step + 1 < last_step:
                 next_batch = reader.submit(fetch, step + 1)
             epoch, place = divmod(step, steps)
-            chance = generator(seed, epoch + 1, place)
-            draws = draw_augmentation(batch_size, chance, names, windows, stain)
-            torch.manual_seed(chance.initial_seed() + rank)
+            rng = generator(seed, epoch + 1, place)
+            draws = draw_augmentation(batch_size, rng, names, windows, stain)
+            torch.manual_seed(rng.initial_seed() + rank)
             yield augment(images, masks, {name: values[rank::world_size]
                                           for name, values in draws.items()})
 
@@ -373,7 +373,7 @@ ELASTIC_STD = 8       # pixels, their standard deviation before smoothing
 GRID_CELLS = 5        # grid distortion: rows and columns of 5 cells each grow or shrink
 GRID_STRETCH = 0.3    # by up to 30 %
 BRIGHTNESS = 0.2      # brightness changes by up to 20 %
-STAIN_SHIFT = 0.2     # stains, where asked for, are shifted by a fifth of what they are scaled by
+STAIN_SHIFT = 0.2     # with --stain S, stains are also shifted, by up to S / 5 in optical density
 
 
 def uniform(*shape, generator):
@@ -505,14 +505,14 @@ def preview(data, root, out, seed=0):
     tiles = load(data, root)
     indices = torch.linspace(0, len(tiles.rows) - 1, min(8, len(tiles.rows))).long()
     images, masks = get_batch(tiles, indices, "cpu")
-    chance = torch.Generator().manual_seed(seed)
-    batches = [(images, masks)] + [augment(images, masks, draw_augmentation(len(images), chance))
+    rng = torch.Generator().manual_seed(seed)
+    batches = [(images, masks)] + [augment(images, masks, draw_augmentation(len(images), rng))
                                    for _ in range(3)]
     rows = [((images.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8), masks.numpy())
             for images, masks in batches]
     with write_atomic(out) as file:
         draw_preview(rows).save(file)
-    print(f"{out}: {len(indices)} tiles of {data}, and three times augmented below")
+    print(f"{out}: {len(indices)} tiles of {data}, each with three augmented versions below")
 
 
 def parse_args(argv=None):
@@ -521,18 +521,21 @@ def parse_args(argv=None):
     command = commands.add_parser("prepare", help="raw files -> memory-mapped tiles")
     command.add_argument("data", help="data set: monuseg, bcss, bcss512, or a name of your own")
     command.add_argument("--from", dest="folders", nargs="+", required=True, metavar="DIR",
-                         help="folders of the raw files; of an own set the one with images and "
-                              "masks, or with these in train, val and test")
+                         help="folders of the raw files; for a set of your own, the one with "
+                              "images and masks, or with these in train, val and test")
     command.add_argument("--later-images", action="store_true",
-                         help="keep the seven MoNuSeg images that the paper did not have")
+                         help="keep the seven MoNuSeg images that the paper did not have (one, "
+                              "TCGA-FG-A87N, is of a hospital that the official split tests on)")
     command.add_argument("--raster", choices=("paper", "exact"),
                          help="of MoNuSeg's polygons: paper fills the pixels of the outline, too "
                               "(default); exact fills those whose centre is inside, and prepares "
                               "the set monuseg-exact")
-    command.add_argument("--classes", nargs="+", metavar="NAME", help="of an own set, the names of "
-                         "its labels 0, 1, ..., or of the one class (default: as the masks say)")
+    command.add_argument("--classes", nargs="+", metavar="NAME", help="for a set of your own, the "
+                         "names of its labels 0, 1, ..., or of the one class (default: as the "
+                         "masks say)")
     command.add_argument("--scale", type=number(float, most=100),
-                         help="of an own set, resize images by this factor first (default: 1)")
+                         help="for a set of your own, resize images by this factor first "
+                              "(default: 1)")
     command.add_argument("--data-root", default="data", help="folder of the prepared data")
     command = commands.add_parser("preview", help="draw tiles before and after augmentation")
     command.add_argument("data", help="data set")
@@ -546,10 +549,11 @@ def parse_args(argv=None):
         if (args.later_images or args.raster) and args.data != "monuseg":
             parser.error("--later-images and --raster are MoNuSeg's")
         if (args.classes or args.scale) and args.data in SETS:
-            parser.error(f"--classes and --scale are for own sets: those of {args.data} are fixed")
+            parser.error("--classes and --scale are for sets of your own: those of "
+                         f"{args.data} are fixed")
         if args.data == "synthetic" or not re.fullmatch(r"\w[\w-]*", args.data):
-            parser.error(f"{args.data!r} cannot name an own set: use letters, digits, _ and -, and "
-                         "none of our names")
+            parser.error(f"{args.data!r} cannot name a set of your own: use letters, digits, _ "
+                         "and -, and none of our names")
         if args.classes and not len(set(args.classes)) == len(args.classes) <= len(PALETTE):
             parser.error(f"--classes: give at most {len(PALETTE)} different names")
     return args

@@ -30,7 +30,7 @@ from losses import loss_for
 from models import build_model
 from plots import draw_curves, draw_figure
 from predict import predict_bands
-from report import AVERAGES, table_2
+from report import AVERAGES, percent, table_2
 from utils import (LOG, autocast, first_mismatch, load_checkpoint, number, pick_device,
                    print_progress, run_cli, write_atomic)
 
@@ -146,18 +146,16 @@ def evaluate_whole(model, tiles, wholes, num_classes, device, tta):
 
 def metrics_table(metrics, names):
     """One network's metrics as lines for people, in percent; names are the classes'."""
-    def percent(value):
-        return "    -" if value is None else f"{100 * value:5.2f}"
-
     lines = ["                          IoU     F1   precision  recall     pixels"]
     for average, title in AVERAGES.items():
         if average in metrics:
             iou, f1 = (metrics[average][name] for name in ("iou", "f1"))
-            lines.append(f"{title:24}{percent(iou)}  {percent(f1)}")
+            lines.append(f"{title:24}{percent(iou):>5}  {percent(f1):>5}")
     for row in metrics["classes"]:
         name = names[row["label"]] if len(names) > 1 else names[0]
-        lines.append(f"  {name:22}{percent(row['iou'])}  {percent(row['f1'])}       "
-                     f"{percent(row['precision'])}   {percent(row['recall'])} {row['pixels']:>10,}")
+        iou, f1, precision, recall = (f"{percent(row[metric]):>5}"
+                                      for metric in ("iou", "f1", "precision", "recall"))
+        lines.append(f"  {name:22}{iou}  {f1}       {precision}   {recall} {row['pixels']:>10,}")
     return "\n".join(lines)
 
 
@@ -168,8 +166,8 @@ def metrics_table(metrics, names):
 def open_data(checkpoint, path, data_root, data=None):
     """The tiles that a network was trained on, and the split -> Tiles, {part: indices}.
 
-    `data_root` is where the training found them unless it is given, `data` the set that it was
-    trained on unless another of the same tiles. Raises ValueError for others.
+    `data_root` defaults to where training found the tiles, `data` to the set that was trained on;
+    it may be another set of the same tiles. Raises ValueError if tiles or classes differ.
     """
     args, root = checkpoint["args"], data_root or checkpoint.get("data_root", "data")
     data = data or args["data"]
@@ -334,7 +332,7 @@ def main(args):
     else:
         results = [score(build_model(checkpoint, path), checkpoint, path, device, args)
                    for path, checkpoint in checkpoints.items()]
-    if args.json:  # first, as a table of runs that do not go together is refused
+    if args.json:  # first, as the table below refuses runs that do not go together
         with write_atomic(args.json) as file:
             file.write(json.dumps(results, indent=1).encode())
     if len(results) == 1:

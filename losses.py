@@ -1,4 +1,4 @@
-"""How the paper trains: its losses, by hand (2.2), and its recipes (3.2).
+"""Losses, learning rate schedules and recipes: the paper's (2.2, 3.2), and others.
 
 Each loss gives one value per tile, (N,), of which train.py takes the mean: every tile counts alike,
 and no value depends on how tiles were batched. All are computed in float32, whatever the logits
@@ -143,7 +143,7 @@ RECIPES |= {f"{name} strong": paper | STRONG for name, paper in RECIPES.items()}
 RECIPES["synthetic strong"] |= {"loss": "bce+dice"}
 RECIPES["monuseg strong"] |= {"loss": "bce+dice", "epochs": 200}
 
-# Raised whenever the same flags train differently: runs of two versions share no mean.
+# Raised whenever the same flags train differently: runs of two versions are never averaged.
 RECIPE_VERSION = 3
 RECIPE_VERSIONS = {
     1: "brightness of all colours alike, up to 20 %; skips of one seed share no weights",

@@ -81,11 +81,11 @@ class FusionSkip(nn.Module):
         fused = []
         for i, (match, conv) in enumerate(zip(self.match, self.convs)):
             size, total = features[i].shape[2:], features[i]
-            for j in range(len(features)):
+            for j, x in enumerate(features):
                 if j < i:  # finer
-                    total = total + match[j](resize(features[j], size))
+                    total = total + match[j](resize(x, size))
                 elif j > i:  # coarser
-                    total = total + resize(match[j](features[j]), size)
+                    total = total + resize(match[j](x), size)
             fused.append(conv(total))
         return fused
 
@@ -135,6 +135,8 @@ def he_init(blocks):
 # The two networks. Each gets its skip's class and draws the skip last: networks of one seed share
 # all their other weights, so that a comparison of skips, seed by seed, compares the skips alone.
 # (If a skip returns more channels, decoder blocks differ, and so does what is drawn after them.)
+# Another network takes the same four arguments and tells the same three things about itself: if it
+# is pretrained (it then has a `load_pretrained`), and what sides of images it takes.
 
 
 class UNet(nn.Module):
@@ -397,6 +399,6 @@ def parameter_counts():
 
 
 if __name__ == "__main__":
-    print("parameters               1 class    3 classes   22 classes")
+    print("parameters                1 class    3 classes   22 classes")
     for (model, skip), counts in parameter_counts().items():
         print(f"{model:11}{skip:9}" + "".join(f"{count:>13,}" for count in counts))

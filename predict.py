@@ -5,8 +5,8 @@
 
 An image NAME is brought to the scale of the training set and predicted in overlapping tiles, whose
 probabilities fade into each other, so that no seam shows. It yields NAME_mask.png (class indices,
-shown in colours; of one class, 1 is a nucleus) and NAME_overlay.png (outlines on the image), and on
-demand NAME_probabilities.npy (float16, at the training scale: height, width, classes). Files of
+shown in colours; with one class, 1 is a nucleus) and NAME_overlay.png (outlines on the image), and
+on demand NAME_probabilities.npy (float16, at the training scale: height, width, classes). Files of
 these names are replaced only if predict.py wrote them.
 """
 
@@ -145,8 +145,8 @@ def predict_bands(model, image, num_classes, device, batch_size=None, tta=False)
 def predict_labels(bands, size, num_classes, name, file):
     """Turn the bands of an image of `size` (width, height) into labels -> image, mode L.
 
-    Of one class, keep the probability, 0..255, until the size is right. Bands also go to `file`, if
-    there is one, as .npy.
+    With one class they are probabilities, 0..255: `write_mask` resizes before it decides. If there
+    is a `file`, the bands also go there, as .npy.
     """
     (width, height), row = size, 0
     labels = np.empty((height, width), np.uint8)
@@ -176,7 +176,7 @@ def write_mask(path, labels, size, palette):
 
 
 def write_overlay(path, image, mask, palette):
-    """Draw the outlines of a mask on its image, around tissue 3 pixels wide, and write that."""
+    """Write an image with a mask's outlines, 1 pixel wide around nuclei and 3 around tissue."""
     labels = np.asarray(mask)
     for top in range(0, image.height, 1024):  # in strips, to save memory, that share 6 rows
         strip = labels[top:top + 1030]

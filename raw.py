@@ -242,7 +242,7 @@ def check_is_file(path):
 
 
 def read_labels(path):
-    """Read a mask of an own set, 8-bit and of one channel; of a palette picture, its indices."""
+    """Read a mask of a user's set, 8-bit and of one channel; of a palette picture, its indices."""
     image = read_image(path, ("L", "P", "1", "RGB", "RGBA", "LA", "I;16", "I"))
     if image.mode not in ("L", "P", "1"):
         raise ValueError(f"{path}: Pillow mode {image.mode}, but a mask stores one class index a "
@@ -251,7 +251,7 @@ def read_labels(path):
 
 
 def read_own(image_path, mask_path, scale, is_binary):
-    """One image of an own set and its mask -> tiles that cover it, the last ones overlapping."""
+    """One image of a user's set and its mask -> tiles that cover it, the last ones overlapping."""
     image, mask = read_image(image_path, ("RGB", "L")).convert("RGB"), read_labels(mask_path)
     check_size(image_path, image, mask_path, mask)
     if is_binary:
@@ -377,18 +377,18 @@ def find_bcss(folders, suffix):
 
 
 def find_own(folders, names=None, scale=1.0):
-    """List an own set -> items as above, and what is known of it.
+    """List a user's set -> items as above, and what is known about it.
 
     A folder with images/* and masks/* of the same names, or with these in train, val and test.
     `names` of the classes may be given; else two values in all masks, 0 and any other, are one
     class, and labels 0 to K - 1 are K. Raises ValueError naming the file that does not fit.
     """
     if len(folders) > 1:
-        raise ValueError(f"--from {folders[1]}: one folder holds an own set, in images and masks")
-    top, items, images = Path(folders[0]), [], []
+        raise ValueError(f"--from {folders[1]}: one folder holds all of a set, in images and masks")
+    root, items, images = Path(folders[0]), [], []
     Image.MAX_IMAGE_PIXELS = 2**30  # Pillow refuses what claims more than twice as many
-    parts = [part for part in ("train", "val", "test") if (top / part).is_dir()]
-    for folder, part in [(top / part, part) for part in parts] or [(top, "train")]:
+    parts = [part for part in ("train", "val", "test") if (root / part).is_dir()]
+    for folder, part in [(root / part, part) for part in parts] or [(root, "train")]:
         found = find_files([folder / "images"], SUFFIXES)
         if not found:
             raise ValueError(f"{folder / 'images'}: holds no image")
@@ -408,14 +408,14 @@ def find_own(folders, names=None, scale=1.0):
 
 
 def own_classes(masks, names):
-    """The classes of an own set, from the labels in its masks; ValueError if they make no sense."""
+    """The classes of a user's set, by the labels in its masks; ValueError if they make no sense."""
     first = {}  # of each label, the first mask that holds it
     for done, path in enumerate(masks, 1):
         for label in np.unique(read_labels(path)).tolist():
             first.setdefault(label, path)
         print_progress(f"labels of {done}/{len(masks)} masks read")
     labels = sorted(first)
-    binary = len(labels) <= 2 and labels[-1] > 0 and (len(labels) == 1 or labels[0] == 0)
+    binary = labels[-1] > 0 and labels in (labels[-1:], [0, labels[-1]])
     if names and len(names) > 1:
         if labels[-1] >= len(names):
             raise ValueError(f"{first[labels[-1]]}: holds the label {labels[-1]}, but --classes "
@@ -426,9 +426,8 @@ def own_classes(masks, names):
     if names or labels == [0]:
         raise ValueError(f"{first[labels[-1]]}: masks of one class hold two values, 0 and another, "
                          f"but these hold {', '.join(map(str, labels[:9]))}")
-    gap = next((label for label, there in enumerate(labels) if label != there), None)
-    if gap is not None or len(labels) > len(PALETTE):
-        odd = labels[gap] if gap is not None else labels[-1]
+    odd = next((label for k, label in enumerate(labels) if label != k or k == len(PALETTE)), None)
+    if odd is not None:
         raise ValueError(f"{first[odd]}: holds the label {odd}, but classes are numbered from 0 "
                          f"without gaps, at most {len(PALETTE)} of them: number them so, or name "
                          "all with --classes")
@@ -447,7 +446,7 @@ READERS = {
 
 
 def prepare(data, folders, root, **options):
-    """Write ROOT/DATA/{images.npy, masks.npy, tiles.csv} from the raw files below the folders.
+    """Write ROOT/DATA/{images.npy, masks.npy, tiles.csv, set.json} from raw files in the folders.
 
     `options` go to the set's find function. Works in ROOT/DATA.partial, continues there
     after an interruption, and renames it when whole. Raises ValueError naming the first raw file

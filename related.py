@@ -5,7 +5,7 @@
     python train.py --model double_unet        # DoubleU-Net (Jha et al., 2020)
     python related.py                          # parameter counts beside the paper's networks
 
-Importing this file enters them in SKIPS and MODELS, as all scripts do.
+Importing this file, as every script does that builds networks, enters them in SKIPS and MODELS.
 """
 
 from itertools import pairwise
@@ -27,10 +27,11 @@ class NestedSkip(nn.Module):
     x(i, j) = H([x(i, 0), ..., x(i, j - 1), U(x(i + 1, j - 1))]); x(i, 0) is the encoder's map x_i.
 
     H is the U-Net's block of two convolutions, U its transposed convolution to twice the side.
-    Level i returns [x(i, 0), x(i, 1), ...] as one map, as many as need no map below the last level:
-    the decoder, which concatenates them to what it has enlarged, computes the last x(i, j) of each
-    level. It takes levels of which each has half the side of the one before. The original's deep
-    supervision, a head for each x(0, j), is left out: the paper has results with and without it.
+    Level i returns x(i, 0), x(i, 1), ... concatenated, as far as they can be computed without the
+    bottleneck. The decoder, which concatenates them to what it has enlarged, computes the last x(i,
+    j) of each level. It takes levels of which each has half the side of the one before. The
+    original's deep supervision, a head for each x(0, j), is left out: the paper has results with
+    and without it.
     """
 
     def __init__(self, channels):
@@ -291,6 +292,6 @@ MODELS.update(double_unet=DoubleUNet)
 
 
 if __name__ == "__main__":
-    print("parameters                  1 class    3 classes   22 classes")
+    print("parameters                    1 class    3 classes   22 classes")
     for (model, skip), counts in parameter_counts().items():
         print(f"{model:13}{skip:11}" + "".join(f"{count:>13,}" for count in counts))

@@ -73,12 +73,21 @@ def read_results(paths):
         content = read_json(path)
         if not isinstance(content, list):
             runs.append(check_scores(content, path))
-        elif wrong := first_mismatch(content, [WHOLE]):
-            raise ValueError(f"{path}: not the scores.json of a run, nor what eval.py --whole "
-                             f"--json writes ({wrong} missing or not as it should be)")
-        else:
-            wholes += content
+            continue
+        for result in content:
+            if wrong := unknown_part(result, WHOLE):
+                raise ValueError(f"{path}: not the scores.json of a run, nor what eval.py --whole "
+                                 f"--json writes ({wrong} missing or not as it should be)")
+        wholes += content
     return runs, wholes
+
+
+def unknown_part(result, schema):
+    """Name the first part of a result that is not as `schema` says, or not known here; or None."""
+    if wrong := first_mismatch(result, schema):
+        return wrong
+    args = {"recipe": result["args"]["data"]} | result["args"]
+    return next((name for name, known in KNOWN.items() if args[name] not in known), None)
 
 
 def read_scores(path):
@@ -88,13 +97,11 @@ def read_scores(path):
 
 def check_scores(result, path):
     """The content of a scores.json as it is; ValueError naming its path if it is none."""
-    wrong = first_mismatch(result, SCORES)
+    wrong = unknown_part(result, SCORES)
     if not wrong:
-        args = {"recipe": result["args"]["data"]} | result["args"]
-        sound = {name: args[name] in known for name, known in KNOWN.items()}
-        sound["data"] = re.fullmatch(r"\w[\w-]*", args["data"])
-        sound["log"] = 0 < len(result["log"]) == len(result["seconds"])
-        sound["tiles"] = len(result["tiles"]) == len(result["images"])
+        sound = {"data": re.fullmatch(r"\w[\w-]*", result["args"]["data"]),
+                 "log": 0 < len(result["log"]) == len(result["seconds"]),
+                 "tiles": len(result["tiles"]) == len(result["images"])}
         wrong = next((name for name in sound if not sound[name]), None)
     if wrong:
         raise ValueError(f"{path}: not the scores.json of a run ({wrong} missing or not as it "
@@ -140,12 +147,12 @@ def markdown(titles, rows):
 
 
 def one_cell(value):
-    """A text, from whatever file, made unable to break a table or to become a comment."""
+    """A value as the text of a cell, which can neither break a table nor become a comment."""
     return " ".join(str(value).replace("|", "\\|").replace("<", "&lt;").split())
 
 
-def percent(value, sign=""):
-    return "-" if value is None else f"{100 * value:{sign}.2f}"
+def percent(value):
+    return "-" if value is None else f"{100 * value:.2f}"
 
 
 # -----------------------------------------------------------------------------
@@ -203,7 +210,7 @@ def mean_and_deviation(values):
 
 
 def mean_and_error(values):
-    """Mean difference ± its standard error, in percent points; of one value there is no error."""
+    """Mean difference ± its standard error, in percentage points; one value has no error."""
     if not values:
         return "-"
     error = (f" ± {100 * statistics.stdev(values) / math.sqrt(len(values)):.2f}"
@@ -263,9 +270,10 @@ def skip_differences(results):
 def pairs_needed(differences):
     """In how many pairs of runs a true difference of 1 point would pass a test, given the spread.
 
-    Two-sided at 5 %, in four of five cases: ((1.96 + 0.84) deviations of a pair / 1 point)^2.
+    Two-sided at 5 %, in four of five cases: ((1.96 + 0.84) deviations of a pair / 1 point)^2, and
+    1.96^2 / 2 pairs more, as Student's t takes more than the normal distribution.
     """
-    return max(2, math.ceil((1.96 + 0.84)**2 * 100**2 * statistics.variance(differences)))
+    return math.ceil((1.96 + 0.84)**2 * 100**2 * statistics.variance(differences) + 1.96**2 / 2)
 
 
 def one_flag_more(results):
@@ -446,7 +454,7 @@ def main(args):
             draw_curves(runs).save(file)
     with write_atomic(args.page) as file:
         file.write(page.encode())
-    print(f"{args.page} and its curves: {len(results)} runs, {len(wholes)} of whole images")
+    print(f"{args.page} and its curves: {len(results)} runs, {len(wholes)} results of whole images")
 
 
 if __name__ == "__main__":

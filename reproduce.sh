@@ -46,6 +46,7 @@ lane() {  # NUMBER: every so many cells, one after the other
 }
 
 mkdir -p runs && failed=$(mktemp) || exit
+trap 'rm -f "$failed"' EXIT
 for ((number = 0; number < jobs; number++)); do lane "$number" & done
 wait
 "$python" report.py runs/"$data"-*/scores.json --page runs/README.md

@@ -10,7 +10,8 @@ the labels K and above are merged into what they split off, so that K changes on
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-TILE = 224  # pixels, the side of a tile
+from raw import TILE
+
 HEMATOXYLIN, EOSIN = (0.65, 0.70, 0.29), (0.07, 0.99, 0.11)  # absorption of R, G, B (Ruifrok 2001)
 
 
@@ -25,7 +26,7 @@ def draw_tiles(n, num_classes=1):
 
 
 # -----------------------------------------------------------------------------
-# One class. Stain strength varies between and within tiles, blue haze is not a nucleus.
+# One class. Stain strength varies between and within tiles, and blue haze is no nucleus.
 
 
 def nuclei_tile(rng):
@@ -201,7 +202,7 @@ def draw_ground(rng, region, grain):
 def draw_nuclei(rng, region, direction):
     """Nuclei on the regions (224, 224) -> labels (224, 224) uint8, densities of hematoxylin.
 
-    They stand on a shaken grid, the long ones along the direction of the fibres. The kind of each
+    They stand on a jittered grid, the long ones along the direction of the fibres. The kind of each
     is drawn from those of the region of its centre; label and density layers are polygons.
     """
     labels, density = Image.fromarray(GROUND[region]), Image.new("L", (TILE, TILE))
@@ -231,9 +232,10 @@ def draw_nuclei(rng, region, direction):
 def tissue_tile(rng, grain=40.0):
     """One tile -> image (224, 224, 3) and labels (224, 224) of all 22 classes, uint8.
 
-    `grain` is the size of the regions in pixels: how far one must look to tell alike labels apart.
+    `grain` is the size of the regions in pixels: how far one must look to tell apart nuclei that
+    look alike.
     """
-    # Regions: where which of several smooth noises is the largest.
+    # Regions: a pixel belongs to the one whose smooth noise, plus its bonus, is the largest.
     region = np.argmax([noise(rng, grain) + row[0] for row in REGIONS.values()], axis=0)
     hematoxylin, eosin, direction = draw_ground(rng, region, grain)
     labels, nuclei = draw_nuclei(rng, region, direction)

@@ -35,7 +35,8 @@ from utils import (ARGS, CHECKPOINT, autocast, device_name, leave_processes, loa
                    save_checkpoint, setup_processes, write_atomic)
 
 
-# The flags that checkpoints and scores.json record: all that a run's digits depend on.
+# The flags that checkpoints and scores.json record: all that a run's digits depend on, except where
+# an encoder's weights came from, which "weights" tells there.
 RECORDED = (*ARGS, "recipe", "classes", "loss", "schedule", "weight_decay", "ema", "augment",
             "windows", "stain", "skip_depth", "bf16")
 
@@ -53,7 +54,7 @@ def parse_args(argv=None):
     parser.add_argument("--data", default="synthetic", help="monuseg, monuseg-exact, bcss, "
                         "bcss512, a prepared set of your own (default: synthetic, drawn on the "
                         "spot)")
-    parser.add_argument("--classes", type=number(int, above=2, most=22), metavar="K",
+    parser.add_argument("--classes", type=number(int, least=3, most=22), metavar="K",
                         help="synthetic: regions and nuclei of 3 to 22 classes instead of nuclei "
                              "alone; the tiles are the same for every K, with labels K to 21 "
                              "merged into those that they are part of")
@@ -63,8 +64,8 @@ def parse_args(argv=None):
                              "validates on other hospitals than it trains on, official-all also "
                              "trains on the validation images (default: tile; own sets: official "
                              "if they came in parts, else image)")
-    parser.add_argument("--seed", type=number(int, above=-1, most=2**63 - 1), default=0,
-                        help="of everything random but the split (default: 0)")
+    parser.add_argument("--seed", type=number(int, least=0, most=2**63 - 1), default=0,
+                        help="of everything random except the split (default: 0)")
     # The recipe
     parser.add_argument("--recipe", choices=("paper", "strong"), default="paper",
                         help="what the flags below default to: the paper's values, or those that "
@@ -75,19 +76,19 @@ def parse_args(argv=None):
     parser.add_argument("--lr", type=number(float), help="Adam's learning rate")
     parser.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate: constant as "
                         "in the paper, or cosine with warm-up")
-    parser.add_argument("--weight-decay", type=number(float, above=-1e-9), help="AdamW's, of "
-                        "matrices alone (strong: 0.05; default: 0)")
-    parser.add_argument("--ema", type=number(float, above=-1e-9, most=0.9999), metavar="DECAY",
+    parser.add_argument("--weight-decay", type=number(float, least=0), help="AdamW's, of all "
+                        "weights but biases and norms (strong: 0.05; default: 0)")
+    parser.add_argument("--ema", type=number(float, least=0, most=0.9999), metavar="DECAY",
                         help="score an exponential moving average of the weights (strong: 0.999; "
                         "0: the weights themselves)")
     parser.add_argument("--loss", choices=LOSSES, help="bce and bce+dice are for one class, ce and "
                         "ce+dice for several")
     parser.add_argument("--augment", nargs="+", choices=("all", "none", *WARPS, *COLOURS),
                         help="augmentations of training tiles (default: all)")
-    parser.add_argument("--windows", type=number(float, above=-1e-9, most=1), metavar="SCALE",
+    parser.add_argument("--windows", type=number(float, least=0, most=1), metavar="SCALE",
                         help="train on windows anywhere in whole images, their scale varied by up "
                         "to exp(+-SCALE) (strong: 0.25; 0: on the tiles as they are)")
-    parser.add_argument("--stain", type=number(float, above=-1e-9, most=1), metavar="STRENGTH",
+    parser.add_argument("--stain", type=number(float, least=0, most=1), metavar="STRENGTH",
                         help="vary each tile's haematoxylin, eosin and the rest by up to this "
                         "share (strong: 0.25; 0: do not)")
     parser.add_argument("--width", type=number(int, most=1024),
@@ -106,7 +107,8 @@ def parse_args(argv=None):
     parser.add_argument("--compile", action="store_true",
                         help="torch.compile the network: pays on a GPU, hardly on a CPU")
     parser.add_argument("--checkpointing", action="store_true",
-                        help="recompute the U-Net's largest maps: half the memory, more time")
+                        help="recompute the U-Net's largest feature maps: half the memory, more "
+                        "time (other networks do not)")
     # Where
     parser.add_argument("--out", type=Path, help="run folder (default: runs/DATA-MODEL-SKIP, what "
                         "differs from the recipe, and the seed)")
@@ -179,7 +181,7 @@ def main(args):
     run |= resume(args, run, raw_model, scored, optimizer, scaler)
     log, losses, total = run["log"], run["losses"].to(device), args.epochs * num_steps
     if run["step"] == total and on_rank_0(is_scored, args.out / "scores.json", args.epochs):
-        print(f"{args.out} is finished, its scores are in scores.json")
+        print(f"{args.out} is finished; its scores are in scores.json")
         metrics = on_rank_0(read_scores, args.out / "scores.json")
         leave_processes()
         return metrics["per_tile"]["iou"]
@@ -261,7 +263,7 @@ def main(args):
 
 
 def is_scored(path, epochs):
-    """Whether there are scores of so many epochs: a lengthened run has those of its first end."""
+    """Whether there are scores after so many epochs; a lengthened run has those of before."""
     return path.exists() and len(read_scores(path)["log"]) == epochs
 
 
@@ -303,11 +305,12 @@ def build_training(args, num_classes, device):
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
     model.to(device)
-    # Adam, as weights do not decay by default. Fused, it is the same arithmetic in fewer passes.
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
-                                   {"params": others, "weight_decay": 0.0}], args.lr, fused=True)
+    # Without weight decay, the default, AdamW is Adam. Fused, it is the same arithmetic in fewer
+    # passes. Biases and norms, vectors, never decay.
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    optimizer = torch.optim.AdamW([{"params": weights, "weight_decay": args.weight_decay},
+                                   {"params": vectors, "weight_decay": 0.0}], args.lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and
                                   autocast(device).fast_dtype == torch.float16)
     return model, deepcopy(model) if args.ema else model, optimizer, scaler
@@ -315,7 +318,7 @@ def build_training(args, num_classes, device):
 
 @torch.no_grad()
 def update_average(average, model, step, decay):
-    """Move `average`, a network, a little towards `model`, the same one after this step.
+    """Move `average`, a copy of the network, a little towards `model`, as it is after this step.
 
     `step` counts from 0; `decay`, 0..1, is the share of the average that stays. It is smaller at
     first, as early weights are not worth remembering. BatchNorm's statistics are averaged, too.
@@ -335,10 +338,10 @@ def memory_format_for(device, bf16):
 
 
 def open_folder(args):
-    """Create the run's folder and lock it; ValueError if it holds a run that is not to go on."""
+    """Create and lock the run's folder; ValueError if it holds a run that is not to go on."""
     there = [name for name in ("last.pt", "best.pt", "log.csv") if (args.out / name).exists()]
     if there and not args.resume:
-        raise ValueError(f"{args.out} holds a run already: go on with it by --resume, or name "
+        raise ValueError(f"{args.out} holds a run already: continue it with --resume, or name "
                          "another folder with --out")
     if there and "last.pt" not in there:
         raise ValueError(f"{args.out} holds a {there[0]} without the last.pt to go on from: name "
@@ -349,8 +352,8 @@ def open_folder(args):
 def resume(args, run, model, scored, optimizer, scaler):
     """Load last.pt into model, `scored` (the same, or its average), optimizer and scaler.
 
-    Returns what replaces the entries of `run`. Where there is none the run starts: a pretrained
-    network then loads its encoder's weights.
+    Returns what replaces the entries of `run`. Without a last.pt the run starts, and a pretrained
+    network loads its encoder's weights.
     """
     checkpoint = on_rank_0(read_last, args.out / "last.pt", run, optimizer)
     if checkpoint:
@@ -360,7 +363,7 @@ def resume(args, run, model, scored, optimizer, scaler):
             "state": checkpoint["optimizer"]["state"]})
         if checkpoint["scaler"]:  # empty if it was not float16
             scaler.load_state_dict(checkpoint["scaler"])
-        return {name: checkpoint[name] for name in run if name != "args"}
+        return {name: checkpoint[name] for name in run if name not in ("args", "set", "data_root")}
     if MODELS[args.model].pretrained and not args.no_pretrained:
         weights = on_rank_0(model.load_pretrained, args.weights)
         for value in model.state_dict().values() if dist.is_initialized() else ():
@@ -436,7 +439,7 @@ def validate(args, epoch, model, tiles, indices, loss_fn, device, rank, world_si
 
 
 def check_finite(losses, epoch, what, out):
-    """ValueError if a loss of this epoch's steps or tiles, `what`, is not a number."""
+    """ValueError if a loss of this epoch's steps or tiles, `what`, is not finite."""
     bad = (~losses.isfinite()).nonzero()
     if len(bad):
         first = bad[0, 0].item()
@@ -445,9 +448,9 @@ def check_finite(losses, epoch, what, out):
 
 
 def check_weights(model, epoch, out):
-    """ValueError if a weight is not a number: saving now would ruin the checkpoint."""
+    """ValueError if a weight is not finite: saving now would ruin the checkpoint."""
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise ValueError(f"weights are infinite in epoch {epoch}: "
+        raise ValueError(f"weights are not finite in epoch {epoch}: "
                          f"{LOWER_RATE.format(out / 'last.pt')}")
 
 

@@ -30,8 +30,8 @@ except ImportError:  # Windows
 def write_atomic(path):
     """Open a binary file for writing that gets its name only when it is whole.
 
-    It is written beside that name, flushed and renamed. Raises OSError naming it if that fails; the
-    file of before, if there was one, is then untouched.
+    It is written beside that name, flushed and renamed. Raises OSError naming it if that fails; an
+    earlier file of that name is then untouched.
     """
     path = Path(path)
     partial = path.with_name(f".partial-{path.name}")
@@ -155,13 +155,15 @@ def print_progress(line):
         next_line_at = time.time() + 60
 
 
-def number(kind, above=0, most=math.inf):
-    """An argparse type: a finite int or float above `above` and at most `most`."""
+def number(kind, least=None, most=math.inf):
+    """An argparse type: a finite int or float, at least `least` (None: above 0), at most `most`."""
     def parse(text):
         value = kind(text)
-        if not above < value <= most or value == math.inf:
-            limit = f" and at most {most}" if most < math.inf else ""
-            raise ArgumentTypeError(f"{text} is not a number above {above}{limit}")
+        large_enough = value > 0 if least is None else value >= least
+        if not large_enough or value > most or value == math.inf:
+            lower = "above 0" if least is None else f"of at least {least}"
+            upper = f" and at most {most}" if most < math.inf else ""
+            raise ArgumentTypeError(f"{text} is not a number {lower}{upper}")
         return value
     parse.__name__ = kind.__name__  # argparse names it in its own errors
     return parse
@@ -195,7 +197,7 @@ def run_cli(main, parse_args, after_interrupt="nothing unfinished was kept"):
 
 
 def is_out_of_memory(error):
-    """Whether it is Python's error for that, or one of PyTorch's, which has no type of its own."""
+    """Whether it is Python's error for that or PyTorch's, which on a CPU has no type of its own."""
     words = "out of memory", "allocate memory", "enough memory"
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and
                                               any(some in first_line(error) for some in words))

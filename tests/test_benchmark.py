@@ -140,3 +140,11 @@ def test_what_does_not_fit_is_told_and_the_rest_goes_on(capsys, monkeypatch, qui
     results = benchmark.main(flags("--skips conv --width 2 --batch-size 2 1"))
     assert "unet conv, batch 2: does not fit" in capsys.readouterr().out
     assert "unet conv, batch 1" in results and "unet conv, batch 2" not in results
+
+
+def test_an_error_that_only_speaks_of_memory_is_not_taken_for_a_lack_of_it(monkeypatch, quick):
+    def fail(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(benchmark, "get_batch", fail)
+    with pytest.raises(RuntimeError, match="illegal"):
+        benchmark.main(flags("--skips conv --width 2 --batch-size 1"))

@@ -11,7 +11,7 @@ from test_data import LATER, ROWS, content, write_raw, xml
 import data
 from raw import MONUSEG_TEST, fill_by_centres, read_polygons, resize_thinner
 
-EXACT = "run `python data.py prepare monuseg --raster exact --from DIR`"
+EXACT = "run ./prepare_data.sh monuseg --raster exact"
 
 
 def draw(folder, *polygons, raster="exact", size=(8, 6)):

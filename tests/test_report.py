@@ -144,8 +144,8 @@ def test_skips_are_compared_seed_by_seed_and_image_by_image():
     conv, fusion = cells(report.skip_differences(RUNS))  # width 8 has no standard beside it
     assert conv[:3] == ["monuseg, tile", "unet", "conv - standard"]
     # Seeds: +10 and +20, deviation 7.07. Images: A +10 and +10, B +10 and +40.
-    # A true point would show in (2.8 * 7.07)^2 pairs.
-    assert conv[3:] == ["+15.00 ± 5.00 (n = 2)", "+17.50 ± 7.50 (n = 2)", "0.00 / 7.07", "393",
+    # A true point would show in (2.8 * 7.07)^2 + 1.92 pairs.
+    assert conv[3:] == ["+15.00 ± 5.00 (n = 2)", "+17.50 ± 7.50 (n = 2)", "0.00 / 7.07", "394",
                         "+1.05"]
     assert fusion[3:5] == ["+0.00 (n = 1)", "+0.00 ± 0.00 (n = 2)"] and fusion[5:7] == ["-", "-"]
 
@@ -264,6 +264,10 @@ def test_dice_of_whole_images_is_a_mean_over_seeds_by_masks_and_views(tmp_path):
     assert table[3].split(" | ")[3:] == ["-", "85.00", "-", "ensemble of 2 |"]
     with pytest.raises(ValueError, match="two results of monuseg, official, .* on monuseg, 1 view"):
         report.whole_image_dice([*files["one"], whole(1, 0.9)])
+    (tmp_path / "one.json").write_text(json.dumps([whole(0, 0.8) | {
+        "args": files["one"][0]["args"] | {"skip": "of another branch"}}]))
+    with pytest.raises(ValueError, match="one.json: not the scores.json of a run.*skip missing"):
+        report.read_results([tmp_path / "one.json"])
 
 
 def test_curves_are_drawn_beside_the_page_that_shows_them(tmp_path):

@@ -56,6 +56,12 @@ def test_every_cell_of_the_table_is_trained_whatever_becomes_of_the_others(repro
     assert page.count("scores.json") == 12 and page.endswith("--page runs/README.md")
 
 
+def test_nothing_is_left_among_the_temporary_files(reproduce, tmp_path):
+    (tmp_path / "temporary").mkdir()
+    reproduce("monuseg", "--skips", "conv", status=1, TMPDIR=str(tmp_path / "temporary"))
+    assert not [*(tmp_path / "temporary").iterdir()]
+
+
 @pytest.mark.parametrize("jobs", ["1", "2", "5"])
 def test_cells_are_chosen_and_other_flags_go_to_train_py(reproduce, jobs):
     _, calls = reproduce("bcss", "--skips", "standard", "fusion", "--ignore-index", "0", "--jobs",

@@ -363,6 +363,12 @@ def test_resume_equals_uninterrupted_run(whole, tmp_path, monkeypatch, flags, ba
     assert_same_run(out, whole.out)
 
 
+def test_a_run_whose_data_moved_goes_on_from_where_they_are_now(tiny_set, tmp_path):
+    fit(tmp_path, "--epochs", "1", "--data-root", "before")
+    fit(tmp_path, "--epochs", "2", "--data-root", "after", "--resume")
+    assert load(tmp_path / "last.pt")["data_root"] == "after"
+
+
 def test_resume_repeats_what_the_network_itself_draws(tmp_path, monkeypatch):
     """As Swin-UNet's stochastic depth does; here it is a dropout before the U-Net's head."""
     def with_dropout(*args, **kwargs):
@@ -600,7 +606,7 @@ def test_a_rate_far_too_high_ends_with_a_sentence_and_finite_weights(tmp_path, c
     for name, flags in ("often", OFTEN), ("seldom", ()):
         out = tmp_path / name
         line = refused(capsys, out, "--lr", "1e39", *flags)
-        assert re.search(r"(loss is (nan|inf)|weights are infinite) in epoch \d", line)
+        assert re.search(r"(loss is (nan|inf)|weights are not finite) in epoch \d", line)
         assert all(value.isfinite().all() for path in out.glob("*.pt")
                    for value in load(path)["model"].values())
 

@@ -111,7 +111,7 @@ def test_the_first_part_that_is_not_as_the_schema_says_is_named(value, schema, w
 @pytest.mark.parametrize("parse, good, bad", [
     (number(int), {"1": 1, "+07": 7}, "0 -3 1.5 a inf 1e3"),
     (number(float), {"1e-9": 1e-9, "3": 3.0}, "0 -1 nan inf -inf 1e999 a"),
-    (number(int, above=-1, most=9), {"0": 0, "9": 9}, "-1 10")])
+    (number(int, least=0, most=9), {"0": 0, "9": 9}, "-1 10")])
 def test_numbers_out_of_their_range_are_refused_by_name(parse, good, bad, capsys):
     parser = argparse.ArgumentParser()
     parser.add_argument("--rate", type=parse)
@@ -121,6 +121,15 @@ def test_numbers_out_of_their_range_are_refused_by_name(parse, good, bad, capsys
     for text in bad.split():
         line = refused(capsys, script, f"--rate={text}")
         assert "argument --rate" in line and text in line and "parse" not in line
+
+
+def test_the_range_of_a_number_is_told_as_one_would_say_it():
+    for parse, text, told in [(number(int), "0", "0 is not a number above 0"),
+                              (number(float, least=0, most=1), "-1",
+                               "-1 is not a number of at least 0 and at most 1")]:
+        with pytest.raises(argparse.ArgumentTypeError) as error:
+            parse(text)
+        assert str(error.value) == told
 
 
 def test_in_a_pipe_progress_is_a_line_after_some_seconds_and_then_one_a_minute(monkeypatch, capsys):
