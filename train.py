@@ -225,8 +225,7 @@ def main(args):
             dist.all_reduce(losses[place])
         run["step"], now, last_of_epoch = step + 1, time.time(), place == num_steps - 1
 
-        # Tell how far we are, but once a second only: reading the loss waits for the GPU. Save now
-        # and then.
+        # Once a second tell how far we are: reading the loss waits for the GPU. Save now and then.
         speed = args.batch_size * (run["step"] - first) / max(now - start, 1e-3)
         eta = timedelta(seconds=round((total - run["step"]) * args.batch_size / speed))
         if now - shown > 1 or last_of_epoch:
