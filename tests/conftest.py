@@ -26,7 +26,7 @@ FLAGS = "--data monuseg --width 2 --batch-size 2 --epochs 3 --device cpu".split(
 
 
 def made_up_tiles(*_):
-    """Stands for data.load: 16 grey tiles of 32 pixels, two an image, each with a dark block."""
+    """Stands in for data.load: 16 grey tiles of 32 pixels, two an image, each with a dark block."""
     rng = np.random.default_rng(0)
     masks = np.zeros((16, 32, 32), np.uint8)
     for mask in masks:
@@ -51,7 +51,7 @@ def fit(out, *flags):
 
 
 def refused(capsys, script, *flags):
-    """Give a script (a module) what it must end with status 2 for -> the one line that it says."""
+    """Run a script (a module) with flags that it must refuse with status 2 -> the line it says."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         run_cli(script.main, lambda: script.parse_args([*map(str, flags)]))

@@ -14,7 +14,7 @@ import train
 from complexity import differences, fusion_pays, holm, p_value
 from data import load, split_tiles
 from plots import LINES, draw_error_bars
-from report import fill_page
+from report import fill_page, read_scores
 from synthetic import merge
 
 SMALL = {"CLASSES": [(1, 40), (3, 40)], "GRAINS": [(3, 40), (3, 80)], "SEEDS": range(2),
@@ -185,7 +185,15 @@ def test_report_trains_nothing_and_keeps_the_words_of_the_page(copied):
     assert Path("results/complexity/differences.png").stat().st_size > 1000
 
 
-def test_the_page_that_waits_for_results_has_places_for_all_tables():
+def test_the_committed_page_is_what_its_cells_give():
+    page = ROOT / "results/complexity/README.md"
+    paths = {cell: page.with_name(f"{complexity.cell_name(*cell)}.json")
+             for cell in complexity.all_cells()}
+    results = {cell: read_scores(path) for cell, path in paths.items() if path.exists()}
+    assert fill_page(page, complexity.TABLES, results) == page.read_text("utf-8")
+
+
+def test_the_page_names_every_table_and_the_numbers_of_tiles():
     page = ROOT / "results/complexity/README.md"
     filled = fill_page(page, complexity.TABLES, {})
     assert all(f"<!-- {name} -->\n" in filled for name in complexity.TABLES)
@@ -253,7 +261,7 @@ def test_p_values_are_those_of_the_tables(df, t, p):
         assert p_value((values + sign * t / np.sqrt(df + 1)).tolist()) == pytest.approx(p, abs=2e-4)
 
 
-def test_equal_values_are_certain_and_zeros_are_none():
+def test_p_is_0_for_equal_values_and_1_for_zeros():
     assert p_value([0.5] * 5) == pytest.approx(0, abs=1e-9) and p_value([0.0] * 5) == 1
 
 
@@ -284,6 +292,8 @@ def test_bars_reach_one_standard_error_up_and_down(panel):
     middle = (picture[:, 500:] == LINES[0]).all(axis=2)
     widest = middle.sum(axis=1).argmax()
     assert (zero.max() - widest) / scale == pytest.approx(3, abs=0.05)
+    lowest = np.nonzero(middle.any(axis=1))[0].max()
+    assert (zero.max() - lowest) / scale == pytest.approx(2, abs=0.05)
 
 
 def test_the_picture_shows_every_line_that_has_values_and_follows_them():

@@ -326,7 +326,7 @@ def test_no_network_gets_an_empty_batch_where_processes_outnumber_tiles():
     (["--tiles", "image-1/0/0"], "--tiles is for --figure"),
     (["--json", "no/folder/scores.json"], "no/folder/scores.json: cannot be written"),
     (["--batch-size", "0"], "0 is not a number above 0"), (["--device", "abacus"], "abacus")])
-def test_flags_that_cannot_be_are_refused_by_name(whole, capsys, tmp_path, monkeypatch, flags,
+def test_impossible_flags_are_refused_by_name(whole, capsys, tmp_path, monkeypatch, flags,
                                                   message):
     monkeypatch.chdir(tmp_path)
     assert message in refused(capsys, evaluation, whole.out / "best.pt", *flags)
@@ -379,3 +379,15 @@ def test_a_figure_goes_from_the_worst_tile_to_the_best(whole, tmp_path, monkeypa
     known = ["{}/{}/{}".format(*made_up_tiles().rows[i]) for i in PARTS["test"]]
     assert [row[0] for row in rows] == [known[scores.index(score)] for score in
                                         sorted(scores, key=lambda score: score or 0)]
+
+
+def test_of_many_tiles_a_figure_shows_five_over_the_range_of_scores(whole, monkeypatch):
+    path, scores = whole.out / "best.pt", [k / 20 for k in reversed(range(16))]
+    checkpoint = load_checkpoint(path)
+    monkeypatch.setattr(evaluation, "open_data",
+                        lambda *_: (made_up_tiles(), {"test": torch.arange(16)}))
+    monkeypatch.setattr(evaluation, "draw_figure", lambda titles, rows, names: rows)
+    rows, n = evaluation.figure({path: checkpoint}, [{"args": checkpoint["args"], "tiles": scores}],
+                                evaluation.parse_args([str(path), "--figure", "x.png"]))
+    assert n == 5 and [row[-1] for row in rows] == [
+        [f"IoU {iou}"] for iou in ("0.0", "20.0", "40.0", "55.0", "75.0")]

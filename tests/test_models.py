@@ -195,16 +195,17 @@ def test_fusion_skip_brings_every_level_to_every_level():
 def test_every_map_that_the_skip_returns_matters_to_the_logits(model, monkeypatch):
     class OneLevelLost(StandardSkip):
         def forward(self, features):
+            levels.update(range(len(features)))
             return [0 * x if i == lost else x for i, x in enumerate(features)]
 
     monkeypatch.setitem(SKIPS, "one level lost", OneLevelLost)
-    lost, side = None, side_of(model)
+    lost, levels, side = None, set(), side_of(model)
     network = create_model(model, "one level lost", 1, width=4)
     if model == "swin_unet":  # elsewhere, batch statistics keep signals alive
         network.eval()
     images = torch.randn(1, 3, side, side)
     before = network(images)
-    for lost in range(3):
+    for lost in [*levels]:
         assert (network(images) - before).abs().max() > 1e-4, lost
 
 
@@ -266,8 +267,9 @@ def test_networks_take_the_sides_that_they_name_and_no_others(model):
     for height, width in ([(multiple, multiple)] if network.max_side else
                           [(multiple, multiple), (3 * multiple, 5 * multiple)]):
         assert network(torch.randn(1, 3, height, width)).shape == (1, 3, height, width)
-    with pytest.raises(ValueError, match=f"not {multiple + 1} x {multiple}: "):
-        network(torch.randn(1, 3, multiple + 1, multiple))
+    for height, width in (multiple + 1, multiple), (multiple, multiple + 1):
+        with pytest.raises(ValueError, match=f"not {height} x {width}: "):
+            network(torch.randn(1, 3, height, width))
 
 
 @pytest.mark.parametrize("names", [("transformer", "conv"), ("unet", "bridge")])
@@ -434,17 +436,13 @@ def save_weights(layout, swin, path):
 
 
 @pytest.mark.parametrize("layout", ["microsoft", "timm.pth", "timm.safetensors", "ours"])
-def test_weights_of_every_layout_load_to_the_same_function(layout, swin, tmp_path):
+def test_weights_of_every_layout_load_to_the_same_weights(layout, swin, tmp_path):
     path, other = tmp_path / layout, copy.deepcopy(swin.encoder)
     save_weights(layout, swin, path)
     for parameter in other.parameters():
         parameter.data.zero_()
-    images = torch.randn(1, 3, 224, 224)
-    with torch.inference_mode():
-        expected = swin.encoder(images)
-        assert (other(images) - expected).abs().max() > 0.1  # it started elsewhere
-        assert str(path) in load_encoder(other, path)
-        torch.testing.assert_close(other(images), expected)
+    assert str(path) in load_encoder(other, path)
+    assert all(map(torch.equal, other.state_dict().values(), swin.encoder.state_dict().values()))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:timm")
@@ -484,16 +482,13 @@ except FileNotFoundError as error:
 """
 
 
-@pytest.mark.parametrize("hub, limit", [("refuses", 5), ("stalls", 25)])
-def test_without_the_hub_one_sentence_says_what_to_download(script, tmp_path, hub, limit):
+def test_without_the_hub_one_sentence_says_what_to_download(script, tmp_path):
     (tmp_path / "ask.py").write_text(ASK)  # huggingface_hub reads its environment once
     with socket.create_server(("127.0.0.1", 0)) as server:  # accepts, and never answers
         port = server.getsockname()[1]
-        if hub == "refuses":
-            server.close()
         run = script(tmp_path / "ask.py", PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="0", NO_PROXY="*",
                      HF_HOME=str(tmp_path), HF_ENDPOINT=f"http://127.0.0.1:{port}")
     line, = run.stdout.splitlines()
-    assert float(line.split()[0]) < limit
+    assert float(line.split()[0]) < 25  # seconds
     for part in "no pretrained Swin-T", "prepare_data.sh weights", ".pth", "--weights":
         assert part in line

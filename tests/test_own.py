@@ -60,7 +60,7 @@ def test_every_pixel_of_an_image_is_in_a_tile(tmp_path, size):
     ((0, 1, 2), (), ["class 0", "class 1", "class 2"]),
     ((0, 3), ("--classes", "a", "b", "c", "d"), ["a", "b", "c", "d"])])
 def test_classes_follow_from_the_labels_or_are_named(tmp_path, labels, flags, classes):
-    tiles = prepare(write_set(tmp_path / "raw", labels=labels), tmp_path, *flags)
+    tiles = prepare(write_set(tmp_path / "raw", 3, labels), tmp_path, *flags)
     assert tiles.info["classes"] == classes
     assert tiles.info["recipe"] == ("monuseg" if len(classes) == 1 else "bcss")
     expected = [0, 1] if len(classes) == 1 else sorted(labels)
@@ -87,6 +87,15 @@ def test_grey_and_turned_images_are_taken_as_they_look(tmp_path):
     tiles = prepare(folder, tmp_path)
     turned = np.rot90(noise(300, 230), -1)[:224, :224]
     assert (tiles.images[4].numpy() == turned[..., None]).all()
+
+
+def test_scaled_masks_hold_only_their_own_labels(tmp_path):
+    tiles = prepare(write_set(tmp_path / "raw", 2, (0, 2), (150, 200)), tmp_path, "--scale", "1.5",
+                    "--classes", "a", "b", "c")
+    mask = Image.open(tmp_path / "raw/masks/image-1.png")  # the edges of image 0's fit both sizes
+    mask = np.asarray(mask.resize((300, 225), Image.Resampling.NEAREST))
+    assert (tiles.masks[4].numpy() == mask[:224, :224]).all()
+    assert tiles.masks.unique().tolist() == [0, 2]
 
 
 def test_scale_is_stored_and_used_by_predict(tmp_path):
@@ -116,16 +125,16 @@ def test_parts_are_the_official_split_and_else_whole_images_are_drawn(tmp_path):
 
 
 def test_a_file_that_was_written_anew_is_read_again_when_preparation_goes_on(tmp_path):
-    folder = write_set(tmp_path / "raw", 129, (0, 1), size=(224, 448))  # more than a chunk of tiles
-    bad, done = folder / "masks/image-99.png", folder / "masks/image-0.png"  # read last, first
+    folder = write_set(tmp_path / "raw", 65, (0, 1), size=(225, 225))  # more than a chunk of tiles
+    bad, done = folder / "masks/image-9.png", folder / "masks/image-0.png"  # read last, first
     whole = bad.read_bytes()
-    Image.open(bad).crop((0, 0, 448, 223)).save(bad)
-    with pytest.raises(ValueError, match="image-99"):
+    Image.open(bad).crop((0, 0, 225, 224)).save(bad)
+    with pytest.raises(ValueError, match=r"image-9\.png"):
         prepare(folder, tmp_path)
     bad.write_bytes(whole)
     Image.fromarray(1 - np.asarray(Image.open(done))).save(done)
     tiles = prepare(folder, tmp_path)
-    assert (tiles.masks[0].numpy() == np.asarray(Image.open(done))[:, :224]).all()
+    assert (tiles.masks[0].numpy() == np.asarray(Image.open(done))[:224, :224]).all()
 
 
 def test_names_of_any_script_are_kept_whatever_the_systems_encoding(tmp_path, monkeypatch):
@@ -167,7 +176,7 @@ def test_hidden_folders_are_not_searched(tmp_path):
 def test_own_data_train_and_score_and_predict_by_their_name_alone(tmp_path, capsys, monkeypatch,
                                                                   labels):
     monkeypatch.chdir(tmp_path)
-    folder = write_set(tmp_path / "raw", labels=labels)
+    folder = write_set(tmp_path / "raw", 6, labels)
     prepare(folder, "data")
     score = train.main(train.parse_args("--data mine --width 2 --epochs 1 --batch-size 4".split()))
     run, = (tmp_path / "runs").iterdir()
@@ -183,7 +192,7 @@ def test_own_data_train_and_score_and_predict_by_their_name_alone(tmp_path, caps
 
 
 def test_a_set_prepared_with_other_classes_than_the_checkpoints_is_refused(tmp_path, capsys):
-    folder = write_set(tmp_path / "raw", labels=(0, 1, 2))
+    folder = write_set(tmp_path / "raw", 6, (0, 1, 2))
     for names in ["a", "b", "c"], ["a", "b", "other"]:
         root = tmp_path / names[-1]
         prepare(folder, root, "--classes", *names)
@@ -243,7 +252,7 @@ def test_bad_own_data_are_named_and_nothing_is_prepared(tmp_path, capsys, change
     ("..", (), "'..' cannot name"), ("bcss", ("--classes", "a"), "of bcss are fixed"),
     ("monuseg", ("--scale", "2"), "of monuseg are fixed"), ("mine", ("--scale", "-1"), "--scale"),
     ("mine", ("--classes", "a", "a"), "different names")])
-def test_names_and_flags_that_cannot_be_are_refused(tmp_path, capsys, name, flags, said):
+def test_impossible_names_and_flags_are_refused(tmp_path, capsys, name, flags, said):
     assert said in refused(capsys, data, "prepare", name, "--from", tmp_path, *flags)
 
 

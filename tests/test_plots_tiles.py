@@ -32,6 +32,9 @@ def test_colours_are_told_apart_by_every_eye(sight):
     lab = cielab(plots.PALETTE / 255, sight)
     distance = np.linalg.norm(lab[:, None] - lab, axis=2) + 1000 * np.eye(len(lab))
     assert len(lab) == 22 and distance.min() > 17 and distance[:3, :3].min() > 70
+    lines = cielab(np.array(plots.LINES) / 255, sight)
+    distance = np.linalg.norm(lines[:, None] - lines, axis=2) + 1000 * np.eye(len(lines))
+    assert len(lines) == 12 and distance.min() > 16
 
 
 def test_outline_is_the_inner_border_of_each_region():

@@ -62,7 +62,7 @@ def test_any_polygon_matches_its_winding_numbers(tmp_path, seed):
     assert np.any(expected) and (draw(tmp_path, polygon, size=(17, 16)) == expected).all()
 
 
-def test_a_polygon_is_centred_on_itself_which_pillows_is_not(tmp_path):
+def test_an_exact_mask_is_centred_on_its_polygon_and_pillows_is_not(tmp_path):
     centres = {}
     for raster in "exact", "paper":
         mask = draw(tmp_path, [(3, 2), (13, 2), (13, 10), (3, 10)], raster=raster, size=(20, 20))
@@ -197,5 +197,5 @@ def test_later_images_may_be_kept(tmp_path):
     ("prepare bcss --raster exact --from x", "--raster are MoNuSeg's"),
     ("prepare lung --raster paper --from x", "--raster are MoNuSeg's"),
     ("prepare monuseg --raster fine --from x", "--raster: invalid choice: 'fine'")])
-def test_what_cannot_be_is_refused_in_one_line(capsys, command, said):
+def test_impossible_commands_are_refused_in_one_line(capsys, command, said):
     assert said in refused(capsys, data, *command.split())

@@ -9,7 +9,8 @@ from conftest import arguments, fit, load, made_up_tiles, refused, stop_before_b
 import data
 import eval as evaluation
 import train
-from losses import LOSSES, ONE_CLASS, SCHEDULES, SEVERAL_CLASSES, dice_loss, focal_loss, loss_for
+from losses import (LOSSES, ONE_CLASS, SCHEDULES, SEVERAL_CLASSES, bce_loss, dice_loss,
+                    focal_loss, loss_for)
 
 pytestmark = pytest.mark.usefixtures("tiny_set")
 FITTING = [(name, k) for name in LOSSES for k in (1, 3)
@@ -53,6 +54,8 @@ def test_dice_and_focal_of_one_class_match_values_by_hand():
     torch.testing.assert_close(dice_loss(logits, masks), torch.tensor([1 - 2 * p[0] / (5/4 + 1)]))
     expected = (-math.log(p[0]) * (1 - p[0])**2 - math.log(1 - p[1]) * p[1]**2) / 2
     torch.testing.assert_close(focal_loss(logits, masks), torch.tensor([expected]))
+    both = bce_loss(logits, masks) + dice_loss(logits, masks)
+    torch.testing.assert_close(LOSSES["bce+dice"](logits, masks), both)
 
 
 @pytest.mark.parametrize("name", SEVERAL_CLASSES)

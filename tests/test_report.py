@@ -362,3 +362,13 @@ def test_the_committed_page_is_what_its_runs_give(tmp_path):
              for path in sorted(ROOT.glob(f"results/{folder}/*.json"))]
     report.main(report.parse_args([*map(str, paths), "--page", str(tmp_path / "page.md")]))
     assert (tmp_path / "page.md").read_bytes() == committed.read_bytes()
+
+
+def test_the_readmes_scores_are_those_of_the_committed_page():
+    page, readme = ((ROOT / name).read_text("utf-8") for name in ("results/README.md", "README.md"))
+    table = readme.split("| | skip | the paper | here |\n")[1].split("\n\n")[0]
+    for line in table.splitlines()[1:]:
+        _, skip, paper, here = (cell.strip() for cell in line.split("|")[1:-1])
+        iou, f1 = here.replace("*", "").split(", ")
+        assert f"| {skip.split(',')[0]} | {iou} | {f1} |" in page
+        assert tuple(map(float, paper.split(", "))) in report.PAPER.values()

@@ -94,6 +94,8 @@ def test_a_page_that_cannot_be_made_is_no_success(reproduce, tmp_path):
 def test_it_trains_for_real_and_makes_a_page(tmp_path):
     for path in (*ROOT.glob("*.py"), ROOT / "reproduce.sh"):
         shutil.copy(path, tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/README.md").write_text("<!-- scores -->\n<!-- end -->\n")
     command = ["bash", tmp_path / "reproduce.sh", "synthetic", "--models", "unet", "--skips",
                "conv", "--seeds", "0", "--width", "2", "--epochs", "1", "--batch-size", "35"]
     subprocess.run(command, check=True, capture_output=True,

@@ -113,7 +113,7 @@ def test_windows_leave_all_other_draws_as_they_are():
     assert torch.cat((factors, shifts), 1).T.corrcoef().sub(torch.eye(6)).abs().max() < 0.15
 
 
-def test_windows_take_share_of_a_batch_by_rank(wholes):
+def test_each_rank_takes_its_share_of_a_batch_of_windows(wholes):
     alone = batches(*wholes, n=1, names="all", windows=0.25, stain=0.25)[0]
     shares = [batches(*wholes, n=1, names="all", windows=0.25, stain=0.25, rank=rank,
                       world_size=2)[0] for rank in range(2)]
@@ -268,23 +268,25 @@ def test_an_ensemble_takes_the_mean_of_the_logits(strong, root, tmp_path, capsys
     alone = evaluation.main(evaluation.parse_args([*map(str, paths), "--whole"]))
     assert result["ensemble"] == [*map(str, paths)] and len(alone) == 2
     assert result["whole"]["iou"] not in [one["whole"]["iou"] for one in alone]
-    tiles = tmp_path / "tiles"
-    fit(root, tiles, "--windows", "0", "--split", "tile", "--epochs", "1")
-    three = save_network(tmp_path / "three.pt", "unet", "standard", 3, name="mine")
-    conv = save_network(tmp_path / "conv.pt", "unet", "conv", 1, name="mine")
-    for path in three, conv:
-        torch.save(torch.load(path) | {"split": load(paths[0])["split"]}, path)
-    for odd in tiles / "best.pt", three, conv:
+    one = torch.load(paths[0])
+    for number, change in enumerate((
+            {"split": "of other tiles"}, {"num_classes": 3},
+            {"args": one["args"] | {"skip": "conv"}},
+            {"args": one["args"] | {"model": "swin_unet"}})):
+        odd = tmp_path / f"{number}.pt"
+        torch.save(one | change, odd)
         line = refused(capsys, evaluation, *paths, odd, "--ensemble")
         assert f"{odd}: is of another network, another skip, other tiles or other classes" in line
     assert "--ensemble" in refused(capsys, evaluation, *paths, "--ensemble", "--figure", "x.png")
 
 
-def test_what_whole_images_cannot_answer_is_refused(root, tmp_path, capsys):
+def test_flags_for_whole_images_are_refused_where_they_do_not_apply(root, tmp_path, capsys):
     assert "--tta is for --whole" in refused(capsys, evaluation, "best.pt", "--tta")
-    out = tmp_path / "tile"
-    fit(root, out, "--windows", "0", "--split", "tile", "--epochs", "1")
-    assert "has seen parts of all images" in refused(capsys, evaluation, out / "best.pt", "--whole")
+    tiles = data.load("mine", root)
+    split = data.fingerprint(tiles.rows, data.split_tiles("mine", tiles.rows, "tile"))
+    path = save_network(tmp_path / "best.pt", "unet", "standard", name="mine")
+    torch.save(torch.load(path) | {"set": tiles.info, "data_root": str(root), "split": split}, path)
+    assert "has seen parts of all images" in refused(capsys, evaluation, path, "--whole")
 
 
 def test_whole_images_are_the_test_parts_and_each_average_has_its_own_name(strong, root, tmp_path,

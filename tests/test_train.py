@@ -17,7 +17,9 @@ import signal
 import socket
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,7 +44,7 @@ COLUMNS = ["epoch", "train_loss", "val_loss", "val_iou_per_tile", "val_f1_per_ti
 
 
 def refused(capsys, out, *flags):
-    """Give a command that must end with status 2 -> the one line that it says."""
+    """Give flags that must be refused with status 2 -> the one line that it says."""
     return refused_by(capsys, train, *arguments(out, *flags))
 
 
@@ -204,7 +206,10 @@ def test_defaults_are_the_papers_recipe(name, model, epochs, batch_size, lr):
     ("--data bcss --skip conv --skip-depth 1", "bcss-unet-conv-seed0"),
     ("--data bcss --ignore-index 0 2", "bcss-unet-standard-ignoreindex0-2-seed0"),
     ("--data monuseg --model swin_unet --no-pretrained --lr 1e-4 --epochs 5",
-     "monuseg-swin_unet-standard-epochs5-lr0.0001-scratch-seed0")])
+     "monuseg-swin_unet-standard-epochs5-lr0.0001-scratch-seed0"),
+    ("--data monuseg --width 16 --epochs 5", "monuseg-unet-standard-epochs5-width16-seed0"),
+    ("--recipe strong --data monuseg-exact --split official",
+     "monuseg-exact-unet-standard-official-strong-seed0")])
 def test_runs_that_differ_have_folders_of_their_own(flags, folder):
     assert train.parse_args(flags.split()).out == Path("runs", folder)
 
@@ -228,7 +233,7 @@ def test_a_run_that_has_not_saved_a_step_does_not_block_its_folder(tmp_path, mon
     assert fit(tmp_path / "run") == whole.score
 
 
-def test_resume_starts_a_run_that_is_not_there_and_says_so_of_one_that_is_finished(
+def test_resume_starts_a_missing_run_and_tells_of_a_finished_one(
         tmp_path, whole, capsys):
     assert fit(tmp_path / "run", "--resume") == whole.score
     assert_same_run(tmp_path / "run", whole.out)
@@ -307,7 +312,7 @@ def seen(monkeypatch):
     return batches
 
 
-def test_maps_lie_as_the_cpu_likes_it_and_scores_differ_by_rounding(tmp_path, monkeypatch):
+def test_memory_format_follows_the_cpu_and_losses_differ_by_rounding_alone(tmp_path, monkeypatch):
     logs, layouts = {}, []
     monkeypatch.setattr(nn.Conv2d, "forward", lambda conv, x: layouts.append(
         x.is_contiguous(memory_format=torch.channels_last)) or conv._conv_forward(
@@ -361,6 +366,23 @@ def test_resume_equals_uninterrupted_run(whole, tmp_path, monkeypatch, flags, ba
     torch.manual_seed(99)
     assert fit(out, "--resume") == whole.score
     assert_same_run(out, whole.out)
+
+
+def test_last_pt_is_written_every_five_minutes_and_after_every_epoch(tmp_path, monkeypatch):
+    def augment(*args):  # each batch takes two minutes
+        clock.append(clock[-1] + 120)
+        return original(*args)
+
+    def save(path, checkpoint):
+        saved.append((path.name, checkpoint["step"]))
+        utils.save_checkpoint(path, checkpoint)
+
+    clock, saved, original = [0.0], [], data.augment
+    monkeypatch.setattr(data, "augment", augment)
+    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: clock[-1]))
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    fit(tmp_path, "--epochs", "2")
+    assert [step for name, step in saved if name == "last.pt"] == [3, 5, 8, 10]
 
 
 def test_a_run_whose_data_moved_goes_on_from_where_they_are_now(tiny_set, tmp_path):
@@ -514,7 +536,7 @@ def test_loss_decreases_on_synthetic_tiles(tmp_path, monkeypatch):
     ("--width", "0"), ("--save-every", "0"), ("--device", "nonsense"), ("--device", "meta"),
     ("--width", "1000000000"), ("--epochs", "1" + 20 * "0"), ("--seed", "-1"),
     ("--seed", str(2**64)), ("--ignore-index", "0")])
-def test_a_value_that_cannot_be_is_refused_by_name(tmp_path, capsys, flag, value):
+def test_an_impossible_value_is_refused_by_name(tmp_path, capsys, flag, value):
     line = refused(capsys, tmp_path / "run", flag, value)
     assert flag in line and value in line and not (tmp_path / "run").exists()
 
@@ -535,6 +557,14 @@ def test_resume_refuses_flags_that_contradict_the_run(whole, capsys, flag, ours,
     assert content(whole.out) == before
 
 
+@pytest.mark.parametrize("flags, said", [
+    ("--no-pretrained", "--no-pretrained are for networks"),
+    ("--weights swin.pth", "--no-pretrained are for networks"),
+    ("--augment none flip", "--augment: all and none stand alone")])
+def test_flags_that_do_not_go_together_are_refused(tmp_path, capsys, flags, said):
+    assert said in refused(capsys, tmp_path / "run", *flags.split())
+
+
 def test_resume_refuses_to_train_fewer_epochs_than_there_are(whole, capsys):
     before = content(whole.out)
     assert "--epochs 2" in refused(capsys, whole.out, "--epochs", "2", "--resume")
@@ -551,6 +581,10 @@ BROKEN_LAST = {
     "moments missing": moment(lambda state: state.pop(0)),
     "optimizer a list": edited(lambda checkpoint: checkpoint.update(optimizer=[1])),
     "step beyond the log": edited(lambda checkpoint: checkpoint.update(step=4)),
+    "trained another network's": edited(lambda checkpoint: checkpoint.update(
+        trained=create_model("unet", "fusion", 1, 2).state_dict())),
+    "a second missing": edited(lambda checkpoint: checkpoint.update(
+        seconds=checkpoint["seconds"][:-1])),
     "losses too short": edited(lambda checkpoint: checkpoint.update(losses=torch.zeros(2))),
     "older recipe": edited(lambda checkpoint: checkpoint.update(recipe_version=1))}
 
@@ -577,6 +611,13 @@ def test_resume_refuses_other_tiles(whole, capsys, monkeypatch):
     tiles.rows = [(row[0] + "x", *row[1:]) for row in tiles.rows]
     monkeypatch.setattr(train, "load", lambda *_: tiles)
     assert "other tiles" in refused(capsys, whole.out, "--resume")
+
+
+def test_a_validation_loss_that_is_not_a_number_stops_a_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "loss_for", lambda *args: lambda logits, masks: loss_for(*args)(
+        logits, masks) * (1 if logits.requires_grad else math.nan))
+    assert "nan in epoch 1, validation tile 1" in refused(capsys, tmp_path, "--epochs", "1")
+    assert not [*tmp_path.glob("*.pt")]
 
 
 @pytest.mark.parametrize("flags, found", [((), 5), (OFTEN, 7)])
@@ -632,6 +673,9 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(whole, start, tmp
 
 
 def test_swin_unet_starts_from_a_file_and_goes_on_without_it(tmp_path, monkeypatch, capsys):
+    import timm  # here, as every process that imports this file would wait for it
+
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, depths=(1, 1, 1, 1)))
     tiles = data.synthetic(6)
     tiles.rows = [(f"image-{i}", 0, 0, "train") for i in range(6)]  # 4, 1 and 1 tiles
     monkeypatch.setattr(train, "load", lambda *_: tiles)
@@ -644,7 +688,7 @@ def test_swin_unet_starts_from_a_file_and_goes_on_without_it(tmp_path, monkeypat
     assert str(path) in capsys.readouterr().out
     stored, given = load(tmp_path / "run/last.pt"), torch.load(path)
     assert str(path) in stored["weights"]
-    name = "layers.2.blocks.3.mlp.fc1.weight"  # at this rate, still what the file held
+    name = "layers.2.blocks.0.mlp.fc1.weight"  # at this rate, still what the file held
     torch.testing.assert_close(stored["model"][f"encoder.{name}"], given[name])
     path.unlink()
     assert train.main(train.parse_args([*flags, "--resume"])) == score

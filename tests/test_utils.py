@@ -152,6 +152,8 @@ def test_in_a_terminal_progress_is_one_line_that_changes(monkeypatch, capsys):
 
 
 SCRIPT = """import sys
+from unittest.mock import MagicMock
+sys.modules["torch"] = sys.modules["torch.distributed"] = MagicMock()  # takes seconds to import
 from utils import run_cli
 
 
