@@ -98,7 +98,7 @@ def test_real_polygons_match_their_winding_numbers(shared):
         polygon = [(float(x), float(y)) for x, y in re.findall(r'X="(.+?)" Y="(.+?)"', text)]
         mask = Image.new("L", (1000, 1000))
         fill_by_centres(mask, np.array(polygon))
-        left, top, right, bottom = box = mask.getbbox()
+        left, top, right, bottom = mask.getbbox()
         expected = [[winding(polygon, x + 0.5, y + 0.5) != 0 for x in range(left - 2, right + 2)]
                     for y in range(top - 2, bottom + 2)]
         assert (np.asarray(mask.crop((left - 2, top - 2, right + 2, bottom + 2))) == expected).all()
