@@ -448,9 +448,9 @@ READERS = {
 def prepare(data, folders, root, **options):
     """Write ROOT/DATA/{images.npy, masks.npy, tiles.csv, set.json} from raw files in the folders.
 
-    `options` go to the set's find function. Works in ROOT/DATA.partial, continues there
-    after an interruption, and renames it when whole. Raises ValueError naming the first raw file
-    that cannot be used; what is done stays.
+    `options` go to the set's find function. Works in ROOT/DATA.partial, continues there after an
+    interruption, and renames it when whole. Raises ValueError naming the first raw file that cannot
+    be used; what is done stays.
     """
     final, working = Path(root, data), Path(root, data + ".partial")
     if (final / "tiles.csv").exists():
