@@ -524,8 +524,8 @@ def no_op(n):
             "brightness": torch.ones(n, 1)}
 
 
-def draws(n, seed=0):
-    return data.draw_augmentation(n, torch.Generator().manual_seed(seed))
+def draws(n, seed=0, names=(*data.WARPS, *data.COLOURS)):
+    return data.draw_augmentation(n, torch.Generator().manual_seed(seed), names)
 
 
 def made_up(n=2, height=224, width=224):
@@ -653,7 +653,7 @@ def test_a_sample_does_not_depend_on_its_batch(size):
 
 
 def test_strong_warps_leave_no_empty_borders():
-    drawn = draws(8) | {"brightness": torch.ones(8, 1)}
+    drawn = draws(8, names=data.WARPS)
     drawn["elastic"] = torch.randn(drawn["elastic"].shape, generator=torch.manual_seed(0))
     ones = torch.ones(8, 3, 224, 224)
     warped, labels = data.augment(ones, ones[:, 0].long(), drawn)

@@ -102,13 +102,13 @@ def test_windows_are_pieces_of_the_image_from_border_to_border(root, wholes):
 
 
 def test_windows_leave_all_other_draws_as_they_are():
-    plain, windows = (data.draw_augmentation(500, torch.Generator().manual_seed(0), **options)
+    plain, windows = (data.draw_augmentation(2000, torch.Generator().manual_seed(0), **options)
                       for options in ({}, {"windows": 0.25, "stain": 0.25}))
     assert all(torch.equal(plain[name], windows[name]) for name in plain)
     scale = (windows["zoom"] * data.window_side(0.25) / 224).log()
     assert 0.24 < scale.max() <= 0.25 and -0.25 <= scale.min() < -0.24 and abs(scale.mean()) < 0.02
     factors, shifts = windows["stain"].unbind(1)
-    assert factors.shape == (500, 3) and 0.75 <= factors.min() < 0.76 < 1.24 < factors.max() <= 1.25
+    assert factors.shape == (2000, 3) and 0.75 <= factors.min() < 0.76 < 1.24 < factors.max() <= 1.25
     assert -0.05 <= shifts.min() < -0.049 and 0.049 < shifts.max() <= 0.05
     assert torch.cat((factors, shifts), 1).T.corrcoef().sub(torch.eye(6)).abs().max() < 0.15
 
