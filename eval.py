@@ -199,13 +199,13 @@ class Ensemble(nn.Module):
 
 
 def build_ensemble(checkpoints):
-    """The networks of {path: checkpoint} as one; ValueError if kind, tiles or classes differ."""
+    """The networks of {path: checkpoint} as one; ValueError if more than their seeds differ."""
     (first, one), *others = checkpoints.items()
     for path, other in others:
         if (any(other[name] != one[name] for name in ("split", "num_classes")) or
-                any(other["args"][name] != one["args"][name] for name in ("model", "skip"))):
-            raise ValueError(f"{path}: is of another network, another skip, other tiles or other "
-                             f"classes than {first}: an ensemble has one kind of each")
+                other["args"] | {"seed": 0} != one["args"] | {"seed": 0}):
+            raise ValueError(f"{path}: was trained on other tiles than {first}, or with other "
+                             "flags: an ensemble is of runs that differ in their seed alone")
     return Ensemble([build_model(checkpoint, path) for path, checkpoint in checkpoints.items()])
 
 

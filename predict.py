@@ -75,7 +75,9 @@ def read_rgb(path):
             raise ValueError(f"{path}: holds values from {low:g} to {high:g}, not from 0 to "
                              f"{white}: export it again as 8-bit")
         image = image.point(lambda value: value * (255 / white) + 0.5)
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    image.info.clear()  # a transparent colour or a CMYK profile would go into the overlay
+    return image
 
 
 def tile_positions(length, side, multiple, overlap):

@@ -388,7 +388,16 @@ def find_own(folders, names=None, scale=1.0):
     root, items, images = Path(folders[0]), [], []
     Image.MAX_IMAGE_PIXELS = 2**30  # Pillow refuses what claims more than twice as many
     parts = [part for part in ("train", "val", "test") if (root / part).is_dir()]
+    for other in sorted([root / "images", *root.glob("*/images")] if parts else []):
+        if other.parent.name not in parts and other.is_dir():
+            raise ValueError(f"{other}: would be left out, as there is a folder {parts[0]}: only "
+                             "train, val and test may stand beside each other: rename or remove it")
     for folder, part in [(root / part, part) for part in parts] or [(root, "train")]:
+        for name in "images", "masks":
+            if not (folder / name).is_dir():
+                raise FileNotFoundError(f"{folder / name}: no such folder: a set of your own has "
+                                        "its files in images and masks, or in train/images, "
+                                        "train/masks and so on")
         found = find_files([folder / "images"], SUFFIXES)
         if not found:
             raise ValueError(f"{folder / 'images'}: holds no image")
@@ -397,8 +406,9 @@ def find_own(folders, names=None, scale=1.0):
                                        index_by_stem(find_files([folder / "masks"], SUFFIXES))):
             width, height = scaled_size(read_image(image, ("RGB", "L")).size, scale)
             if min(width, height) < TILE:
+                enough = math.ceil(100.5 * scale * TILE / min(width, height)) / 100
                 raise ValueError(f"{image}: {width} x {height} pixels, less than a tile of {TILE}: "
-                                 f"give --scale {1.005 * scale * TILE / min(width, height):.2f}")
+                                 f"give --scale {enough:g}")
             items.append((image, mask, [(image.stem, row, column, part, top, left)
                                         for row, top in enumerate(tile_starts(height))
                                         for column, left in enumerate(tile_starts(width))]))

@@ -114,8 +114,12 @@ def flags(result):
     args = result["args"]
     words = ["--recipe strong"] if args.get("recipe", "").endswith(" strong") else []
     words += [flag(name, value) for name, value in recipe_overrides(args).items()]
-    if MODELS[args["model"]].pretrained and result["weights"] == "from scratch":
-        words.append("--no-pretrained")
+    if MODELS[args["model"]].pretrained:
+        origin = result["weights"].removeprefix("encoder weights from ")
+        if origin == "from scratch":
+            words.append("--no-pretrained")
+        elif not origin.startswith(("hub ", "https:")):  # by default
+            words.append(f"--weights {origin}")
     return " ".join(words)
 
 
@@ -175,21 +179,22 @@ AVERAGES = {"per_tile": "per tile", "global": "global", "per_image": "per whole 
 def table_2(results):
     """The paper's Table 2, one for every data set and split: mean ± standard deviation over seeds.
 
-    In brackets the paper's. A row holds the runs that differ in the seed alone; ValueError for two
-    that differ in nothing.
+    In brackets the paper's, for scores on the masks that were trained on. A row holds the runs that
+    differ in the seed alone; ValueError for two that differ in nothing.
     """
     averages = [average for average in AVERAGES if all(average in one for one in results)]
     titles = [f"{metric} {AVERAGES[average]}" for average in averages for metric in ("mIoU", "F1")]
     rows, order = {}, [*SKIPS]
     groups = group_by(results, lambda result: (
-        result["args"]["data"], result["args"]["split"], label(result), result["args"]["skip"]))
-    for (data, split, name, skip), group in sorted(
-            groups.items(), key=lambda item: (*item[0][:3], order.index(item[0][3]))):
+        result["args"]["data"], result["args"]["split"],
+        result.get("data", result["args"]["data"]), label(result), result["args"]["skip"]))
+    for (data, split, scored_on, name, skip), group in sorted(
+            groups.items(), key=lambda item: (*item[0][:4], order.index(item[0][4]))):
         seeds = [result["args"]["seed"] for result in group]
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"two runs of {data}, {split}, {name}, {skip} have one seed, of "
                              f"{seeds}: a mean over seeds takes each once")
-        is_papers = (split, name) == ("tile", group[0]["args"]["model"])
+        is_papers = (split, name, scored_on) == ("tile", group[0]["args"]["model"], data)
         paper = PAPER.get((data, name, skip)) if is_papers else None
         cells = []
         for average in averages:
@@ -197,7 +202,8 @@ def table_2(results):
                 cell = mean_and_deviation([result[average][metric] for result in group])
                 told = f" ({paper[k]:.2f})" if paper and average == "per_tile" else ""
                 cells.append(cell + told)
-        rows.setdefault(f"**{data}, {split} split**", []).append([name, skip, *cells, len(group)])
+        title = f"{data}, {split} split" + f", scored on {scored_on}" * (scored_on != data)
+        rows.setdefault(f"**{title}**", []).append([name, skip, *cells, len(group)])
     return "\n\n".join(f"{title}\n\n{markdown(['Model', 'Skip', *titles, 'Runs'], lines)}"
                        for title, lines in rows.items())
 
@@ -288,7 +294,8 @@ def one_flag_more(results):
     rows, ious = [], (best_validation_iou, lambda result: result["per_tile"]["iou"])
     groups = group_by((result for result in results if result["per_tile"]["iou"] is not None),
                       lambda result: (result["args"]["data"], result["args"]["split"],
-                                      result["args"]["skip"], result["args"].get("recipe"),
+                                      result["args"]["skip"],
+                                      result["args"].get("recipe", result["args"]["data"]),
                                       result["args"]["model"], result["recipe_version"],
                                       result["weights"]))
     for (data, split, skip, *_), group in groups.items():
@@ -385,9 +392,8 @@ def commands(results):
         start = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
         names = " ".join(f"--{name} {args[name]}"
                          for name in ("model", "skip", "data", "split", "seed"))
-        weights = "" if result["weights"] == "from scratch" else f", weights: {result['weights']}"
         machines.setdefault(f"{result['device']}, torch {result['torch']}", []).append(
-            [f"`{start} train.py {names} {flags(result)}".strip() + f"`{weights}",
+            [f"`{start} train.py {names} {flags(result)}".strip() + "`",
              ", ".join(map(percent, result["per_tile"].values())),
              ", ".join(map(percent, result["global"].values())), result["epoch"],
              f"{result['seconds'][-1] / 60:.1f} min", result["recipe_version"]])
@@ -412,14 +418,14 @@ TABLES = {
 def fill_page(path, tables, results):
     """The text of a page with its tables made anew -> text; nothing is written.
 
-    tables: {name: function of the results -> text}. Raises ValueError if the page asks for a table
-    that is not among them, or lacks the end of one.
+    tables: {name: function of the results -> text}. Raises ValueError if the page asks for none, or
+    for one that is not among them, or lacks the end of one.
     """
     def table(match):
         if match[1] not in tables:
             raise ValueError(f"{path}: has no table called {match[1]!r} to fill; there are "
                              f"{', '.join(tables)}")
-        if "<!-- " in match[2]:  # words would be lost
+        if not match[2]:
             raise ValueError(f"{path}: the table {match[1]!r} lacks its <!-- end -->: add it")
         return f"<!-- {match[1]} -->\n{tables[match[1]](results)}\n<!-- end -->"
 
@@ -428,7 +434,12 @@ def fill_page(path, tables, results):
     else:
         words = "# Runs\n" + "".join(f"\n## {name[0].upper()}{name[1:]}\n\n<!-- {name} -->\n"
                                      "<!-- end -->\n" for name in tables)
-    return re.sub(r"<!-- (.+?) -->\n(.*?)<!-- end -->", table, words, flags=re.S)
+    page, filled = re.subn(r"<!-- (?!end -->)(.+?) -->\n(?:(?!<!-- ).)*(<!-- end -->)?", table,
+                           words, flags=re.S)
+    if not filled:
+        raise ValueError(f"{path}: asks for no table: write <!-- scores --> and <!-- end -->, for "
+                         "one, in lines of their own")
+    return page
 
 
 # -----------------------------------------------------------------------------

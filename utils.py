@@ -222,6 +222,8 @@ def pick_device(name=None):
         raise ValueError(f"--device {name} does not work here: {first_line(error)}") from None
     if device.type not in ("cuda", "mps", "cpu"):
         raise ValueError(f"--device {name}: give cuda, mps or cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # whose memory and time is asked for where none is named
     return device
 
 

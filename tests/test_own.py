@@ -1,6 +1,7 @@
 """Data sets of one's own: folders of images and masks, to tiles, scores and predictions."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -213,6 +214,16 @@ def remove(pattern):
     return lambda raw: [path.unlink() for path in raw.glob(pattern)]
 
 
+def move_to(*parts):
+    """Copy the images and masks to each of the parts, and remove them where they were."""
+    def change(raw):
+        for kind in "images", "masks":
+            for part in parts:
+                shutil.copytree(raw / kind, raw / part / kind)
+            shutil.rmtree(raw / kind)
+    return change
+
+
 BAD = {
     "no images": (remove("images/*"), (), "images: holds no image"),
     "no masks": (remove("masks/*"), (), "image-0.png: no mask"),
@@ -229,13 +240,18 @@ BAD = {
     "16-bit mask": (save("masks/image-1.png", noise(230, 300).astype(np.uint16)), (),
                     "replace colours by indices"),
     "colours": (save("masks/image-1.png", noise(230, 300, 3)), (), "mode RGB, but a mask"),
-    "small image": (save("images/image-1.png", noise(100, 300, 3)), (), "--scale 2.25"),
+    "small image": (save("images/image-1.png", noise(100, 300, 3)), (), "--scale 2.26"),
+    "an image that its scale makes too small": (save("images/image-0.png", noise(694, 700, 3)),
+                                                ("--scale", "0.3"), "--scale 0.33"),
     "duplicate stems": (save("images/image-1.bmp", noise(230, 300, 3)), (), "the same name"),
     "no image file": (lambda raw: (raw / "images/image-1.png").write_bytes(b"GIF"), (),
                       "image-1.png: not a readable image"),
     "empty part": (lambda raw: [(raw / "train" / kind).mkdir(parents=True)
-                                for kind in ("images", "masks")], (), "train/images: holds no"),
+                                for kind in ("images", "masks")] and move_to()(raw), (),
+                   "train/images: holds no"),
     "no folders": (lambda raw: (raw / "images").rename(raw / "pictures"), (), "images: no such"),
+    "images beside a part": (lambda raw: (raw / "train").mkdir(), (), "raw/images: would be left"),
+    "a part of another name": (move_to("train", "valid"), (), "valid/images: would be left out"),
 }
 
 

@@ -504,6 +504,13 @@ def test_overlay_outlines_every_region_in_its_colour(use, tmp_path, name, width)
     assert (np.asarray(Image.open(tmp_path / "out" / "a_overlay.png")) == expected).all()
 
 
+def test_overlay_of_an_image_with_a_transparent_grey_is_opaque(use, tmp_path):
+    Image.new("L", (64, 64), 255).save(tmp_path / "a.png", transparency=255)
+    use(redness(), tmp_path / "a.png")
+    overlay = Image.open(tmp_path / "out" / "a_overlay.png").convert("RGBA")
+    assert overlay.getextrema()[3] == (255, 255)
+
+
 def test_mask_at_another_scale_comes_back_in_place_and_smooth(use, tmp_path):
     y, x = np.mgrid[:400, :300]
     disc = (x - 100) ** 2 + (y - 250) ** 2 < 80**2

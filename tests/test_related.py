@@ -80,7 +80,7 @@ def test_channel_attention_weighs_channels_by_their_neighbours_means():
 
 
 @pytest.mark.parametrize("neighbour, channels, scale", [(4, 8, 2), (8, 4, 0.5)])
-def test_fusing_mixes_three_quarters_of_a_level_with_one_of_its_neighbour(neighbour, channels, scale):
+def test_fusing_mixes_three_quarters_of_a_level_with_one_of_a_neighbour(neighbour, channels, scale):
     fuse, x = FuseNeighbour(neighbour, channels).eval(), torch.randn(2, channels, 8, 8)
     other = torch.randn(2, neighbour, int(8 * scale), int(8 * scale))
     brought = fuse.bring(other)

@@ -79,7 +79,9 @@ def result(iou, f1, *flags, skip="standard", data="monuseg", weights="from scrat
 MIXED = [result(0.70, 0.80, skip="conv"), result(0.72, 0.81, "--seed", "1", skip="conv"),
          result(0.74, 0.85, "--seed", "2", skip="conv"), result(0.6543, 0.7654, "--width", "32"),
          result(0.66, 0.77, "--epochs", "5"), result(0.5, 0.6, skip="conv", data="bcss"),
-         result(0.4, 0.5, "--model", "swin_unet", weights="a file"),
+         result(0.4, 0.5, "--model", "swin_unet", weights="encoder weights from hub timm/swin"),
+         result(0.45, 0.55, "--model", "swin_unet", weights="encoder weights from a/file.pth"),
+         result(0.69, 0.79, skip="conv") | {"data": "monuseg-exact"},
          result(0.3, 0.5, "--model", "swin_unet"), result(0.67, 0.78, version=1),
          result(0.2, 0.5, "--ignore-index", "0", "2", skip="conv", data="bcss"),
          result(0.6, 0.7, "--split", "image")]
@@ -87,7 +89,7 @@ MIXED = [result(0.70, 0.80, skip="conv"), result(0.72, 0.81, "--seed", "1", skip
 
 def test_table_2_is_mean_and_deviation_over_seeds_of_runs_that_differ_in_nothing_else():
     rows = {tuple(row[:3]): row[3:] for row in cells(report.table_2(MIXED))}
-    assert len(rows) == 9
+    assert len(rows) == 11
     tile, image, other = "monuseg, tile split", "monuseg, image split", "bcss, tile split"
     assert rows[tile, "unet", "conv"] == [  # deviations: sqrt(8 / 2), sqrt(14 / 2)
         "72.00 ± 2.00 (67.32)", "82.00 ± 2.65 (80.28)", "62.00 ± 2.00", "72.00 ± 2.65", "3"]
@@ -98,9 +100,11 @@ def test_table_2_is_mean_and_deviation_over_seeds_of_runs_that_differ_in_nothing
             (tile, "unet --epochs 5", ("66.00", "77.00")),
             (tile, "unet (recipe 1)", ("67.00", "78.00")),
             (tile, "swin_unet --no-pretrained", ("30.00", "50.00")),
+            (tile, "swin_unet --weights a/file.pth", ("45.00", "55.00")),
             (image, "unet", ("60.00", "70.00"))]:
         assert (*rows[name, skip, "standard"][:2], rows[name, skip, "standard"][4]) == (*ious, "1")
     assert rows[other, "unet --ignore-index 0 2", "conv"][:2] == ["20.00", "50.00"]
+    assert rows[f"{tile}, scored on monuseg-exact", "unet", "conv"][:2] == ["69.00", "79.00"]
 
 
 def test_two_runs_of_one_seed_are_refused():
@@ -189,9 +193,10 @@ def test_every_run_is_told_by_the_command_that_repeats_it():
         assert {name: again[name] for name in ARGS} == result["args"]
         assert row == [f"{100 * result['per_tile']['iou']:.2f}, 50.00", "40.00, 60.00", "2",
                        "3.0 min", str(RECIPE_VERSION)]
-    (told, *_), = cells(report.commands([RUNS[0] | {"processes": 8, "weights": "a file"}]))
+    (told, *_), = cells(report.commands([RUNS[0] | {"processes": 8}]))
     assert told.startswith("`torchrun --nproc-per-node 8 train.py --model unet ")
-    assert told.endswith("`, weights: a file")
+    (told, *_), = cells(report.commands([MIXED[7]]))
+    assert told.endswith(" --weights a/file.pth`")
 
 
 def test_what_a_run_was_made_on_is_said_once():
@@ -303,7 +308,9 @@ def test_texts_out_of_a_file_cannot_break_the_page(tmp_path):
 def test_a_page_with_an_unknown_table_or_one_without_end_is_refused_and_stays(tmp_path, capsys):
     paths, page = write_runs(tmp_path), tmp_path / "page.md"
     for words, named in [("<!-- no such -->\n<!-- end -->", "no such"),
-                         ("<!-- curves -->\nMine.\n<!-- commands -->\n<!-- end -->", "'curves'")]:
+                         ("<!-- curves -->\nMine.\n<!-- commands -->\n<!-- end -->", "'curves'"),
+                         ("<!-- curves -->\n<!-- end -->\n<!-- commands -->\n", "'commands' lacks"),
+                         ("No tables.\n", "asks for no table")]:
         page.write_text(words)
         line = refused(capsys, report, *paths, "--page", page)
         assert str(page) in line and named in line and page.read_text() == words
