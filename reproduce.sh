@@ -46,7 +46,8 @@ lane() {  # NUMBER: every so many cells, one after the other
 }
 
 mkdir -p runs && failed=$(mktemp) || exit
-trap 'rm -f "$failed"' EXIT
+set -m  # each lane is a process group of its own, which ends as a whole when this script does
+trap 'for lane in $(jobs -pr); do kill -- -"$lane"; done; rm -f "$failed"' EXIT
 for ((number = 0; number < jobs; number++)); do lane "$number" & done
 wait
 "$python" report.py runs/"$data"-*/scores.json --page runs/README.md

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
@@ -60,6 +62,32 @@ def test_nothing_is_left_among_the_temporary_files(reproduce, tmp_path):
     (tmp_path / "temporary").mkdir()
     reproduce("monuseg", "--skips", "conv", status=1, TMPDIR=str(tmp_path / "temporary"))
     assert not [*(tmp_path / "temporary").iterdir()]
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("what, told", [("of the terminal", signal.SIGINT),
+                                        ("to the script", signal.SIGTERM)])
+def test_an_interruption_ends_all_of_it(reproduce, tmp_path, what, told, jobs):
+    (tmp_path / "train.py").write_text(
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # as run_cli ends\n"
+        "for _ in range(100):\n"
+        "    with open('alive.txt', 'a') as file:\n"
+        "        print(os.getpid(), file=file)\n"
+        "    time.sleep(0.1)\n")
+    script = subprocess.Popen(
+        ["bash", tmp_path / "reproduce.sh", "monuseg", "--jobs", jobs], start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=os.environ | {"PYTHON": sys.executable})
+    alive = tmp_path / "alive.txt"
+    while not alive.exists() or len(set(alive.read_text().split())) < int(jobs):
+        time.sleep(0.05)
+    (os.killpg if what == "of the terminal" else os.kill)(script.pid, told)
+    assert script.wait(30) != 0
+    time.sleep(0.5)  # in which the last signal may arrive
+    before = alive.read_text()
+    time.sleep(1)
+    assert alive.read_text() == before and len(set(before.split())) == int(jobs)
 
 
 @pytest.mark.parametrize("jobs", ["1", "2", "5"])
