@@ -216,9 +216,6 @@ def score(model, checkpoint, path, device, options):
     """
     args, model = checkpoint["args"], model.to(device)
     tiles, parts = open_data(checkpoint, path, options.data_root, options.data)
-    if options.whole and args["split"] == "tile":
-        raise ValueError(f"{path}: was trained with --split tile and has seen parts of all images: "
-                         "--whole is for --split image or official")
     wholes = (whole_images(options.data or args["data"], tiles, parts["test"]) if options.whole
               else {})
     loss_fn = loss_for(checkpoint["num_classes"], args["ignore_index"])  # no score depends on it
@@ -322,6 +319,10 @@ def main(args):
     if args.figure and len(sets) > 1:
         raise ValueError("--figure compares networks of one data set, split and number of classes, "
                          f"and these are of {len(sets)}: name fewer checkpoints")
+    for path, checkpoint in checkpoints.items():
+        if args.whole and checkpoint["args"]["split"] == "tile":
+            raise ValueError(f"{path}: was trained with --split tile and has seen parts of all "
+                             "images: --whole is for --split image or official")
     logs = {str(path.parent): [read_log(path.with_name("log.csv"))]
             for path in checkpoints if args.curves}
 

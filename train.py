@@ -77,7 +77,7 @@ def parse_args(argv=None):
     parser.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate: constant as "
                         "in the paper, or cosine with warm-up")
     parser.add_argument("--weight-decay", type=number(float, least=0), help="AdamW's, of all "
-                        "weights but biases and norms (strong: 0.05; default: 0)")
+                        "weights but vectors, as biases and norms are (strong: 0.05; default: 0)")
     parser.add_argument("--ema", type=number(float, least=0, most=0.9999), metavar="DECAY",
                         help="score an exponential moving average of the weights (strong: 0.999; "
                         "0: the weights themselves)")
@@ -164,7 +164,7 @@ def main(args):
 
     Raises ValueError or OSError for what the user can mend; last.pt then has the last good state.
     """
-    device, rank, world_size = setup_processes(pick_device(args.device))
+    device, (rank, world_size) = pick_device(args.device), setup_processes()
     tiles, parts, wholes = open_data(args, device, world_size)
     num_classes = len(tiles.info["classes"])
     loss_fn = loss_for(num_classes, args.ignore_index, args.loss)
@@ -287,6 +287,13 @@ def open_data(args, device, world_size):
     if any(num_classes == 1 or not 0 <= label < num_classes for label in args.ignore_index):
         raise ValueError(f"--ignore-index {' '.join(map(str, args.ignore_index))}: {args.data} has "
                          "no such label to ignore")
+    if world_size > 1:
+        found = [None] * world_size
+        dist.all_gather_object(found, fingerprint(tiles.rows, parts))
+        if len(set(found)) > 1:
+            leave_processes()
+            raise ValueError(f"{Path(args.data_root, args.data)}: nodes have different tiles: "
+                             "prepare the same images on all of them")
     # A set that fits goes to the GPU once, any other is read from the memory map as needed.
     if device.type == "cuda" and tiles.images.nbytes < torch.cuda.mem_get_info()[0] / 4:
         tiles = replace(tiles, images=tiles.images.to(device), masks=tiles.masks.to(device))
@@ -305,7 +312,7 @@ def build_training(args, num_classes, device):
         torch.set_float32_matmul_precision("high")
     model.to(device)
     # Without weight decay, the default, AdamW is Adam. Fused, it is the same arithmetic in fewer
-    # passes. Biases and norms, vectors, never decay.
+    # passes. Biases and norms, vectors, never decay; Swin's tables of positions do.
     weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     optimizer = torch.optim.AdamW([{"params": weights, "weight_decay": args.weight_decay},
@@ -356,10 +363,19 @@ def resume(args, run, model, scored, optimizer, scaler):
     """
     checkpoint = on_rank_0(read_last, args.out / "last.pt", run, optimizer)
     if checkpoint:
+        asked = ("from scratch" if args.no_pretrained else
+                 args.weights and f"encoder weights from {args.weights}")
+        if asked and asked != checkpoint["weights"]:
+            raise ValueError(f"{args.out / 'last.pt'}: started with {checkpoint['weights']}, not "
+                             f"{asked}: give the same, or another --out")
         scored.load_state_dict(checkpoint["model"])
         model.load_state_dict(checkpoint["trained"])
         optimizer.load_state_dict(optimizer.state_dict() | {
             "state": checkpoint["optimizer"]["state"]})
+        # Moments must lie in memory as their weights do, which depends on the device.
+        for parameter, moments in optimizer.state.items():
+            for name in "exp_avg", "exp_avg_sq":
+                moments[name] = torch.empty_like(parameter).copy_(moments[name])
         if checkpoint["scaler"]:  # empty if it was not float16
             scaler.load_state_dict(checkpoint["scaler"])
         return {name: checkpoint[name] for name in run if name not in ("args", "set", "data_root")}
@@ -383,7 +399,8 @@ def read_last(path, run, optimizer):
         "recipe_version": int, "step": int, "losses": torch.Tensor, "seconds": [float],
         "elapsed": float, "trained": {str: torch.Tensor}, "optimizer": {"state": {int: dict}},
         "scaler": dict})
-    for name, value in run["args"].items():
+    first = "data", "model", "recipe"  # on which others depend
+    for name, value in {name: run["args"][name] for name in (*first, *run["args"])}.items():
         trained = checkpoint["args"].get(name, COMMON.get(name))  # older ones name fewer
         if trained != value and (name != "epochs" or run["args"]["schedule"] != "constant"):
             raise ValueError(f"--{name.replace('_', '-')} {value}: {path} was trained with "
@@ -393,8 +410,9 @@ def read_last(path, run, optimizer):
         raise ValueError(f"{path}: was trained by version {checkpoint['recipe_version']} of the "
                          f"recipe, and this is version {RECIPE_VERSION}: start anew, in another "
                          "--out")
-    if checkpoint["split"] != run["split"]:
-        raise ValueError(f"{path}: was trained on other tiles: prepare the same images again")
+    if any(checkpoint[name] != run[name] for name in ("split", "num_classes")):
+        raise ValueError(f"{path}: was trained on other tiles, or with other classes: prepare the "
+                         "same images again")
     if run["args"]["epochs"] * num_steps < checkpoint["step"]:
         raise ValueError(f"--epochs {run['args']['epochs']}: {path} has trained longer, "
                          f"{checkpoint['step'] / num_steps:.1f} epochs")
@@ -478,6 +496,8 @@ def test(args, run, tiles, indices, loss_fn, device, rank, world_size):
                    "percent\n")
     print(metrics_table(metrics, tiles.info["classes"]))
     if rank == 0:
+        if checkpoint["args"] != run["args"]:  # the run was lengthened after its best epoch
+            save_checkpoint(args.out / "best.pt", checkpoint | {"args": run["args"]})
         names = "args", "set", "recipe_version", "weights", "log", "seconds"
         facts = {name: run[name] for name in names} | {
             "epoch": len(checkpoint["log"]), "images": [tiles.rows[i][0] for i in indices],

@@ -216,6 +216,8 @@ def pick_device(name=None):
     if name is None:
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # each of torchrun's processes has a card
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -254,17 +256,14 @@ def to_device(tensor, device):
 # and sends the others what they need: nodes do not share a disk.
 
 
-def setup_processes(device):
-    """Join torchrun's processes, if there are any -> device, rank and world size of this one."""
+def setup_processes():
+    """Join torchrun's processes, if there are any -> rank of this one, how many there are."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
         dist.init_process_group()
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
-    return device, rank, world_size
+    return rank, world_size
 
 
 def leave_processes():

@@ -78,7 +78,8 @@ def test_an_interruption_ends_all_of_it(reproduce, tmp_path, what, told, jobs):
     script = subprocess.Popen(
         ["bash", tmp_path / "reproduce.sh", "monuseg", "--jobs", jobs], start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env=os.environ | {"PYTHON": sys.executable})
+        env=os.environ | {"PYTHON": sys.executable},  # pytest may run in the background, deaf to it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     alive = tmp_path / "alive.txt"
     while not alive.exists() or len(set(alive.read_text().split())) < int(jobs):
         time.sleep(0.05)

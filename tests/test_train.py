@@ -183,7 +183,8 @@ def test_best_is_the_epoch_of_the_best_validation_iou_also_after_a_resume(tmp_pa
     assert same(best["model"], load(tmp_path / "two/last.pt")["model"])
     assert torch.equal(tested["run"], tested["two"])
     assert len(best["log"]) == 2
-    assert len(run("run", [0.35, 0.0], "--epochs", "4", "--resume")["log"]) == 2
+    longer = run("run", [0.35, 0.0], "--epochs", "4", "--resume")
+    assert len(longer["log"]) == 2 and longer["args"]["epochs"] == 4
     assert len(run("run", [0.45, 0.0], "--epochs", "5", "--resume")["log"]) == 5
 
 
@@ -313,18 +314,21 @@ def seen(monkeypatch):
 
 
 def test_memory_format_follows_the_cpu_and_losses_differ_by_rounding_alone(tmp_path, monkeypatch):
-    logs, layouts = {}, []
+    def run(out, kind, *flags):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: kind)
+        layouts.clear()
+        fit(tmp_path / out, *flags)
+        assert layouts[0] == (kind == "AVX512")
+        return [row["train_loss"] for row in read_log(tmp_path / out)]
+
+    layouts = []
     monkeypatch.setattr(nn.Conv2d, "forward", lambda conv, x: layouts.append(
         x.is_contiguous(memory_format=torch.channels_last)) or conv._conv_forward(
             x, conv.weight, conv.bias))
-    for kind in "AVX2", "AVX512":
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda kind=kind: kind)
-        layouts.clear()
-        fit(tmp_path / kind)
-        assert layouts[0] == (kind == "AVX512")
-        logs[kind] = read_log(tmp_path / kind)
-    for one, other in zip(*logs.values(), strict=True):
-        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-3)
+    losses = run("one", "AVX2")
+    assert run("other", "AVX512") == pytest.approx(losses, rel=1e-3)
+    run("both", "AVX512", "--epochs", "1")
+    assert run("both", "AVX2", "--resume") == pytest.approx(losses, rel=1e-3)
 
 
 def test_training_tiles_alone_are_augmented_each_time_anew(tmp_path, seen):
@@ -498,6 +502,18 @@ def test_a_refusal_is_told_by_one_of_the_processes(start_pair, tmp_path):
         assert said in line and not pair[1].said(".err")
 
 
+def other_tiles_on_rank_1():
+    if os.environ["RANK"] == "1":
+        data.load = lambda *_: data.Tiles(**vars(made_up_tiles()) | {
+            "rows": [(f"other {row[0]}", *row[1:]) for row in made_up_tiles().rows]})
+
+
+def test_nodes_with_different_tiles_are_refused(start_pair):
+    pair = start_pair("run", before=other_tiles_on_rank_1)
+    assert [process.exitcode for process in pair] == [2, 2]
+    assert "nodes have different tiles" in pair[0].said(".err")
+
+
 # Learning
 
 
@@ -557,6 +573,11 @@ def test_resume_refuses_flags_that_contradict_the_run(whole, capsys, flag, ours,
     assert content(whole.out) == before
 
 
+def test_resume_names_the_flag_on_which_others_depend(whole, capsys):
+    line = refused(capsys, whole.out, "--recipe", "strong", "--windows", "0", "--resume")
+    assert "--recipe monuseg strong: " in line and "trained with monuseg;" in line
+
+
 @pytest.mark.parametrize("flags, said", [
     ("--no-pretrained", "--no-pretrained are for networks"),
     ("--weights swin.pth", "--no-pretrained are for networks"),
@@ -611,6 +632,9 @@ def test_resume_refuses_other_tiles(whole, capsys, monkeypatch):
     tiles.rows = [(row[0] + "x", *row[1:]) for row in tiles.rows]
     monkeypatch.setattr(train, "load", lambda *_: tiles)
     assert "other tiles" in refused(capsys, whole.out, "--resume")
+    tiles = made_up_tiles()
+    tiles.info = tiles.info | {"classes": ["one", "two", "three"]}
+    assert "other classes" in refused(capsys, whole.out, "--resume")
 
 
 def test_a_validation_loss_that_is_not_a_number_stops_a_run(tmp_path, capsys, monkeypatch):
@@ -692,6 +716,9 @@ def test_swin_unet_starts_from_a_file_and_goes_on_without_it(tmp_path, monkeypat
     torch.testing.assert_close(stored["model"][f"encoder.{name}"], given[name])
     path.unlink()
     assert train.main(train.parse_args([*flags, "--resume"])) == score
+    for asked in ("--weights", "other.pth"), ("--no-pretrained",):
+        line = refused_by(capsys, train, *flags, "--epochs", "2", "--resume", *asked)
+        assert f"started with encoder weights from {path}, not" in line
 
 
 def test_the_log_holds_means_over_tiles_and_every_average_under_its_name(tmp_path, monkeypatch):

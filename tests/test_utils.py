@@ -256,7 +256,7 @@ def test_without_a_name_there_is_always_a_device():
 def test_one_process_is_rank_0_and_does_what_rank_0_does(monkeypatch):
     for name in "RANK", "WORLD_SIZE":
         monkeypatch.delenv(name, raising=False)
-    assert setup_processes(torch.device("cpu")) == (torch.device("cpu"), 0, 1)
+    assert setup_processes() == (0, 1)
     assert on_rank_0(math.gcd, 12, 18) == 6
     with pytest.raises(ValueError, match="mended"):
         on_rank_0(raise_, ValueError("to be mended"))
