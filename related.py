@@ -126,6 +126,7 @@ class FusionUNetSkip(nn.Sequential):
     """FusionU-Net's skip (Li et al., 2023): two rounds of fusion between neighbours.
 
     It takes levels of which each has half the side and twice the channels of the one before.
+    The original's decoder also weighs the skips' channels; that is left out, as the decoder is ours.
     Raises ValueError for other channels, and for odd ones, as pixel-shuffle makes 4 channels one.
     """
 
@@ -215,8 +216,9 @@ class DoubleUNet(nn.Module):
     The first U-Net's encoder is VGG-19 without its classifier. Its mask, after a sigmoid, times the
     image is what the second U-Net sees; the second decoder takes the skips of both encoders. The
     mask has one channel, however many classes there are: where to look, not what is there. What is
-    trained and scored is the second U-Net's output. Any skip of ours may stand between; `width` and
-    `checkpointing` mean nothing here, as VGG's widths are fixed. Raises ValueError for other sides.
+    trained and scored is the second U-Net's output, where the original trains the mask, too. Any
+    skip of ours may stand between; `width` and `checkpointing` mean nothing here, as VGG's widths
+    are fixed. Raises ValueError for other sides.
     """
 
     pretrained = True
