@@ -29,8 +29,8 @@ from data import (BRIGHTNESS, CHANCE, TILE, augment, draw_augmentation, generato
 from losses import loss_for
 from models import MODELS, SKIPS, FusionSkip, create_model, resize
 from train import build_training, memory_format_for, wrap
-from utils import (autocast, device_name, is_out_of_memory, number, pick_device, run_cli,
-                   write_atomic)
+from utils import (autocast, device_name, is_out_of_memory, number, output, pick_device,
+                   run_cli, write_atomic)
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to the terminal
 DATA_TILES = 50  # augmented together: the paper's larger batch
@@ -220,7 +220,8 @@ def parse_args(argv=None):
     parser.add_argument("--compile", action="store_true", help="torch.compile ours")
     parser.add_argument("--checkpointing", action="store_true", help="recompute maps in ours")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
-    parser.add_argument("--json", metavar="FILE", help="also write all numbers to FILE")
+    parser.add_argument("--json", type=output, metavar="FILE",
+                        help="also write all numbers to FILE")
     return parser.parse_args(argv)
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from losses import RECIPES
-from plots import PALETTE, draw_preview
+from plots import PALETTE, draw_preview, picture
 from raw import ARRAYS, READERS, SETS, TILE, prepare
 from synthetic import EOSIN, HEMATOXYLIN, NAMES, draw_tiles
 from utils import first_mismatch, number, run_cli, to_device, write_atomic
@@ -50,17 +50,25 @@ def how_to_prepare(data):
             f"run `python data.py prepare {data} --from DIR`, DIR with folders images and masks")
 
 
+def not_prepared(data, root):
+    return FileNotFoundError(f"{Path(root, data)}: {data} is not prepared: {how_to_prepare(data)}, "
+                             "or give --data-root")
+
+
 def read_info(data, root, num_classes=1):
     """What is known about a data set -> dict as in SETS; for a set of your own, from its set.json.
 
     `num_classes` is for the synthetic set. Raises FileNotFoundError or ValueError saying how to
     prepare the data.
     """
+    if not re.fullmatch(r"\w[\w-]*", data):
+        raise ValueError(f"{data!r} is not the name of a data set: give that of a folder in "
+                         "--data-root, without a slash")
     if data in SETS:
         return SETS[data] | ({} if num_classes == 1 else {"classes": [*NAMES[:num_classes]]})
     path = Path(root, data, "set.json")
     if not path.exists():
-        raise FileNotFoundError(f"{path.parent}: {data} is not prepared: {how_to_prepare(data)}")
+        raise not_prepared(data, root)
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
@@ -96,7 +104,7 @@ def load(data, root, num_classes=1):
     folder = Path(root, data)
     again = f"remove {folder} and {how_to_prepare(data)}"
     if not (folder / "tiles.csv").exists():
-        raise FileNotFoundError(f"{folder}: {data} is not prepared: {how_to_prepare(data)}")
+        raise not_prepared(data, root)
     try:
         with open(folder / "tiles.csv", newline="", encoding="utf-8") as file:
             lines = [*csv.DictReader(file)]
@@ -539,7 +547,7 @@ def parse_args(argv=None):
     command.add_argument("--data-root", default="data", help="folder of the prepared data")
     command = commands.add_parser("preview", help="draw tiles before and after augmentation")
     command.add_argument("data", help="data set")
-    command.add_argument("--out", default="preview.png", help="picture to write")
+    command.add_argument("--out", type=picture, default="preview.png", help="picture to write")
     command.add_argument("--seed", type=int, default=0, help="of the augmentation")
     command.add_argument("--data-root", default="data", help="folder of the prepared data")
     args = parser.parse_args(argv)

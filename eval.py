@@ -28,10 +28,10 @@ from data import (cut, fingerprint, get_batch, load, normalize, set_of, split_ti
                   whole_images)
 from losses import loss_for
 from models import build_model
-from plots import draw_curves, draw_figure
+from plots import draw_curves, draw_figure, picture
 from predict import predict_bands
 from report import AVERAGES, percent, table_2
-from utils import (LOG, autocast, first_mismatch, load_checkpoint, number, pick_device,
+from utils import (LOG, autocast, first_mismatch, load_checkpoint, number, output, pick_device,
                    print_progress, run_cli, write_atomic)
 
 # -----------------------------------------------------------------------------
@@ -283,11 +283,13 @@ def read_log(path):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Score trained networks on their test tiles.")
     parser.add_argument("checkpoints", nargs="+", help="best.pt of one run or of several")
-    parser.add_argument("--json", metavar="FILE", help="also write all scores to FILE")
-    parser.add_argument("--figure", metavar="PNG", help="draw test tiles and their predictions")
+    parser.add_argument("--json", type=output, metavar="FILE", help="also write all scores to FILE")
+    parser.add_argument("--figure", type=picture, metavar="PNG",
+                        help="draw test tiles and their predictions")
     parser.add_argument("--tiles", nargs="+", metavar="IMAGE/ROW/COLUMN",
                         help="test tiles to draw (default: five over the range of scores)")
-    parser.add_argument("--curves", metavar="PNG", help="draw the runs' training curves in one")
+    parser.add_argument("--curves", type=picture, metavar="PNG",
+                        help="draw the runs' training curves in one")
     parser.add_argument("--whole", action="store_true", help="also predict the test images as "
                         "wholes, as predict.py does, and score these")
     parser.add_argument("--tta", action="store_true",
@@ -347,9 +349,9 @@ def main(args):
         print("\nPercent: mean ± standard deviation over runs (the number of the paper)\n")
         print(table_2(results))
     if args.figure:
-        picture, n = figure(checkpoints, results, args)
+        image, n = figure(checkpoints, results, args)
         with write_atomic(args.figure) as file:
-            picture.save(file)
+            image.save(file)
         print(f"{args.figure}: {n} test tiles")
     if args.curves:
         with write_atomic(args.curves) as file:

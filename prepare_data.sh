@@ -20,6 +20,13 @@ absolute() { case $1 in /* | [A-Za-z]:*) echo "$1" ;; *) echo "$caller/$1" ;; es
 size() { wc -c <"$1" | tr -d ' '; }
 sha256() { { sha256sum 2>/dev/null || shasum -a 256; } <"$1" | cut -c 1-64; }
 
+lock() {  # FOLDER, which is created; where there is a flock, until this script ends
+  mkdir -p "$1" && exec 9<"$1" || exit 2
+  if command -v flock >/dev/null && ! flock -n 9; then
+    die "another prepare_data.sh is at work in $1: wait until it has unpacked its archives"
+  fi
+}
+
 # Without a known checksum, a ZIP archive is whole when it can be listed: its index comes last.
 whole() {  # FILE SHA256
   if [ -n "$2" ]; then [ "$(sha256 "$1")" = "$2" ]; else "$python" -m zipfile -l "$1"; fi
@@ -31,7 +38,7 @@ fetch() {  # ADDRESS SHA256 FILE
   if [ -n "$from" ] || whole "$3" "$2"; then return; fi
   if [ "$name" != weights ]; then by_hand="$by_hand --from '${3%/*}'"; fi
   by_hand="open that address in a browser, save the file in '${3%/*}' and run $by_hand"
-  mkdir -p "${3%/*}" && touch "$part" || exit 2
+  lock "${3%/*}" && touch "$part" || exit 2
   echo "fetching $3"
   # Where a connection broke or fell silent, another one goes on; curl's --retry would start anew.
   until before=$(size "$part"); whole "$part" "$2" || curl --fail --location --show-error \
@@ -59,7 +66,7 @@ unpack() {  # ARCHIVE FOLDER-THAT-MAY-HOLD-IT-UNPACKED
     top=$(sed -n '2s,^\([^/.][^/]*\)/.*,\1,p' <<<"$said")
     if [ -n "$top" ] && [ -d "$2/$top" ]; then echo "unpacked already: $1"; return; fi
     echo "unpacking $1"
-    rm -rf "$raw.part" && mkdir -p "$raw" || exit 2
+    lock "$raw" && rm -rf "$raw.part" || exit 2
     if ! said=$("$python" -m zipfile -e "$1" "$raw.part" 2>&1); then
       rm -rf "$raw.part"
       die "could not unpack $1 (${said##*[[:cntrl:]]}): if damaged, delete it and fetch it anew"
@@ -129,4 +136,4 @@ for source in "${sources[@]}"; do
 done
 folders+=(${unpacked:+"$unpacked"})
 [ ${#folders[@]} -gt 0 ] || die "no $images, nor an archive with one, in ${sources[*]}"
-exec "$python" data.py prepare "$name" --from "${folders[@]}" ${options[@]+"${options[@]}"}
+exec "$python" data.py prepare "$name" --from "${folders[@]}" ${options[@]+"${options[@]}"} 9>&-

@@ -80,7 +80,7 @@ def depth_and_pages(image):
     pages, size = image.n_frames, image.size
     if pages > 1:
         image.seek(1)
-        pages = pages if image.size == size else 1
+        pages = pages if max(image.size) >= max(size) else 1
         image.seek(0)
     return max(image.tag_v2.get(258, (8,))), pages  # the tag is called bits per sample
 
@@ -342,6 +342,8 @@ def find_monuseg(folders, later_images=False, raster="paper"):
               f"them): {' '.join(later)}")
         for name in later:
             images.pop(name), masks.pop(name, None)
+    if len(images) < 44:
+        print(f"found {len(images)} of the paper's 44 images")
     pictures = sum(path.suffix.lower() == ".png" for path in masks.values())
     if raster == "exact" and pictures:
         print(f"{pictures} images have only a mask picture, of which half a pixel is taken off")

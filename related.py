@@ -126,7 +126,7 @@ class FusionUNetSkip(nn.Sequential):
     """FusionU-Net's skip (Li et al., 2023): two rounds of fusion between neighbours.
 
     It takes levels of which each has half the side and twice the channels of the one before.
-    The original's decoder also weighs the skips' channels; that is left out, as the decoder is ours.
+    The original's decoder also weighs the skips' channels; that is left out, as ours stays plain.
     Raises ValueError for other channels, and for odd ones, as pixel-shuffle makes 4 channels one.
     """
 

@@ -10,9 +10,9 @@
 # that fails does not stop the others. Each run's output is in runs/*.log, the page in runs/README.md.
 
 set -uo pipefail
-cd "$(dirname "$0")" || exit
+here=$(dirname "$0")
 python=${PYTHON:-$(command -v python || command -v python3)}
-case ${1:---help} in -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${0##*/}"; exit ;; esac
+case ${1:---help} in -*) sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; exit ;; esac
 data=$1 models='unet swin_unet' skips='standard conv fusion' seeds='0 1 2' flags=() list=''
 there=$(nvidia-smi -L 2>/dev/null | sed -n 's/^GPU \([0-9]*\):.*/\1/p' | paste -sd , -)
 IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES-$there}"
@@ -40,7 +40,7 @@ lane() {  # NUMBER: every so many cells, one after the other
     log=runs/$data$(sed 's/ *--[a-z]* /-/g' <<<" ${cells[i]}").log
     echo "$data ${cells[i]}: see $log"
     # shellcheck disable=SC2086
-    "$python" train.py --data "$data" ${cells[i]} --resume ${flags[@]+"${flags[@]}"} >>"$log" 2>&1 ||
+    "$python" "$here/train.py" --data "$data" ${cells[i]} --resume ${flags[@]+"${flags[@]}"} >>"$log" 2>&1 ||
       echo "$data ${cells[i]}: $(tail -n 1 "$log")" >>"$failed"
   done
 }
@@ -50,7 +50,7 @@ set -m  # each lane is a process group of its own, which ends as a whole when th
 trap 'for lane in $(jobs -pr); do kill -- -"$lane"; done; rm -f "$failed"' EXIT
 for ((number = 0; number < jobs; number++)); do lane "$number" & done
 wait
-"$python" report.py runs/"$data"-*/scores.json --page runs/README.md
+"$python" "$here/report.py" runs/"$data"-*/scores.json --page runs/README.md
 reported=$?
 sed 's/^/failed: /' "$failed" >&2
 [ ! -s "$failed" ] && exit "$reported"

@@ -95,11 +95,12 @@ def parse_args(argv=None):
                         help="channels of the U-Net's first level")
     parser.add_argument("--ignore-index", type=int, nargs="+", default=[], metavar="LABEL",
                         help="labels left out of loss and scores (default: none, as the paper)")
-    parser.add_argument("--weights", type=Path, help="file for the encoder: Microsoft's or timm's "
-                        "for Swin-UNet, torchvision's for DoubleU-Net, or a checkpoint of ours "
-                        "(default: timm's hub, torchvision's download)")
-    parser.add_argument("--no-pretrained", action="store_true",
-                        help="start Swin-UNet or DoubleU-Net from scratch")
+    encoder = parser.add_mutually_exclusive_group()
+    encoder.add_argument("--weights", type=Path, help="file for the encoder: Microsoft's or timm's "
+                         "for Swin-UNet, torchvision's for DoubleU-Net, or a checkpoint of ours "
+                         "(default: timm's hub, torchvision's download)")
+    encoder.add_argument("--no-pretrained", action="store_true",
+                         help="start Swin-UNet or DoubleU-Net from scratch")
     # Speed and memory
     parser.add_argument("--bf16", action="store_true", default=None, help="train in bfloat16 on a "
                         "CPU, too: it may pay on one with instructions for it (avx512_bf16, amx) "

@@ -31,9 +31,14 @@ def write_atomic(path):
     """Open a binary file for writing that gets its name only when it is whole.
 
     It is written beside that name, flushed and renamed. Raises OSError naming it if that fails; an
-    earlier file of that name is then untouched.
+    earlier file of that name is then untouched. Links stay links, and devices such as /dev/stdout
+    are written to directly.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with open(path, "wb") as file:
+            yield file
+        return
     partial = path.with_name(f".partial-{path.name}")
     try:
         try:
@@ -167,6 +172,14 @@ def number(kind, least=None, most=math.inf):
         return value
     parse.__name__ = kind.__name__  # argparse names it in its own errors
     return parse
+
+
+def output(text):
+    """An argparse type: the name of a file to write, whose folder is there."""
+    if not Path(text).name or not Path(text).parent.is_dir():
+        raise ArgumentTypeError(f"{text} is no file in a folder that is there: create the folder, "
+                                "or name another")
+    return text
 
 
 def run_cli(main, parse_args, after_interrupt="nothing unfinished was kept"):

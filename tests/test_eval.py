@@ -289,7 +289,7 @@ def test_a_network_of_other_classes_or_unknown_data_is_refused(whole, tmp_path, 
     assert f"{path}: does not say what its 1 classes are" in refused(capsys, evaluation, path)
     changed(whole, path, args={"data": "../secret"})
     monkeypatch.setattr(evaluation, "load", data.load)
-    assert "../secret is not prepared" in refused(capsys, evaluation, path)
+    assert "'../secret' is not the name of a data set" in refused(capsys, evaluation, path)
 
 
 @pytest.mark.parametrize("change", [{"args": {"split": "image"}}, {"num_classes": 3}])
@@ -324,7 +324,9 @@ def test_no_network_gets_an_empty_batch_where_processes_outnumber_tiles():
 @pytest.mark.parametrize("flags, message", [
     (["--figure", "x.png", "--tiles", "nowhere/0/0"], "nowhere/0/0: no such test tile"),
     (["--tiles", "image-1/0/0"], "--tiles is for --figure"),
-    (["--json", "no/folder/scores.json"], "no/folder/scores.json: cannot be written"),
+    (["--json", "no/folder/scores.json"], "no/folder/scores.json is no file in a folder that is"),
+    (["--curves", "no/folder/curves.png"], "no/folder/curves.png is no file in a folder that is"),
+    (["--figure", "figure.txt"], "figure.txt does not end as pictures do"),
     (["--batch-size", "0"], "0 is not a number above 0"), (["--device", "abacus"], "abacus")])
 def test_impossible_flags_are_refused_by_name(whole, capsys, tmp_path, monkeypatch, flags,
                                                   message):

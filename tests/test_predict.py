@@ -314,6 +314,9 @@ def test_a_stack_of_pages_is_refused_but_a_slide_with_smaller_copies_is_not(tmp_
     for read in predict.read_rgb, read_labels:
         with pytest.raises(ValueError, match=r"stack\.tif: holds 3 pages"):
             read(tmp_path / "stack.tif")
+    pages[0].resize((50, 50)).save(tmp_path / "first.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(ValueError, match=r"first\.tif: holds 3 pages"):
+        predict.read_rgb(tmp_path / "first.tif")
     pages[0].save(tmp_path / "slide.tif", save_all=True,
                   append_images=[page.resize((150, 150)) for page in pages[1:]])
     assert (np.asarray(predict.read_rgb(tmp_path / "slide.tif")) == 10).all()

@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -88,6 +89,21 @@ def test_monuseg_is_fetched_checked_unpacked_and_prepared(place):
     assert ran["argv"] == ["prepare", "monuseg", "--from", "data/raw/monuseg",
                            "--later-images", "--seed", "3"]
     assert ran["files"] == ["a.tif", "b.tif"]
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="needs flock")
+@pytest.mark.parametrize("words", [[], ["--from"]])
+def test_two_at_once_do_not_unpack_into_each_other(place, words):
+    words = [*words, place.bcss] if words else []
+    place.run("bcss", *words)
+    shutil.rmtree(place.raw)
+    (place.raw / "bcss").mkdir(parents=True)
+    with subprocess.Popen(["flock", place.raw / "bcss", "sleep", "99"],
+                          start_new_session=True) as other:
+        time.sleep(0.5)
+        assert "another prepare_data.sh is at work in" in place.run("bcss512", *words, status=2)
+        os.killpg(other.pid, signal.SIGKILL)
+    assert not [*(place.raw / "bcss").iterdir()]
 
 
 @pytest.mark.parametrize("name", ["bcss", "bcss512"])

@@ -35,7 +35,7 @@ def reproduce(tmp_path):
     def run(*words, status=0, **variables):
         (tmp_path / "calls.txt").unlink(missing_ok=True)
         done = subprocess.run(
-            ["bash", tmp_path / "reproduce.sh", *words], text=True, capture_output=True,
+            ["bash", "reproduce.sh", *words], text=True, capture_output=True, cwd=tmp_path,
             env=os.environ | {"PYTHON": sys.executable} | variables)
         assert done.returncode == status, done.stdout + done.stderr
         return done, (tmp_path / "calls.txt").read_text().splitlines()
@@ -58,6 +58,12 @@ def test_every_cell_of_the_table_is_trained_whatever_becomes_of_the_others(repro
     assert page.count("scores.json") == 12 and page.endswith("--page runs/README.md")
 
 
+def test_without_a_data_set_it_says_what_it_takes(reproduce, tmp_path):
+    done = subprocess.run(["bash", "reproduce.sh", "--models", "unet"], cwd=tmp_path, text=True,
+                          capture_output=True)
+    assert "./reproduce.sh monuseg " in done.stdout and not (tmp_path / "runs").exists()
+
+
 def test_nothing_is_left_among_the_temporary_files(reproduce, tmp_path):
     (tmp_path / "temporary").mkdir()
     reproduce("monuseg", "--skips", "conv", status=1, TMPDIR=str(tmp_path / "temporary"))
@@ -76,7 +82,7 @@ def test_an_interruption_ends_all_of_it(reproduce, tmp_path, what, told, jobs):
         "        print(os.getpid(), file=file)\n"
         "    time.sleep(0.1)\n")
     script = subprocess.Popen(
-        ["bash", tmp_path / "reproduce.sh", "monuseg", "--jobs", jobs], start_new_session=True,
+        ["bash", "reproduce.sh", "monuseg", "--jobs", jobs], cwd=tmp_path, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         env=os.environ | {"PYTHON": sys.executable},  # pytest may run in the background, deaf to it
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
@@ -121,13 +127,11 @@ def test_a_page_that_cannot_be_made_is_no_success(reproduce, tmp_path):
 
 
 def test_it_trains_for_real_and_makes_a_page(tmp_path):
-    for path in (*ROOT.glob("*.py"), ROOT / "reproduce.sh"):
-        shutil.copy(path, tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/README.md").write_text("<!-- scores -->\n<!-- end -->\n")
-    command = ["bash", tmp_path / "reproduce.sh", "synthetic", "--models", "unet", "--skips",
+    command = ["bash", ROOT / "reproduce.sh", "synthetic", "--models", "unet", "--skips",
                "conv", "--seeds", "0", "--width", "2", "--epochs", "1", "--batch-size", "35"]
-    subprocess.run(command, check=True, capture_output=True,
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path,
                    env=os.environ | {"PYTHON": sys.executable})
     log, = (tmp_path / "runs").glob("*.log")
     assert log.read_text().count("test, 10 tiles") == 1

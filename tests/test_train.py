@@ -581,6 +581,8 @@ def test_resume_names_the_flag_on_which_others_depend(whole, capsys):
 @pytest.mark.parametrize("flags, said", [
     ("--no-pretrained", "--no-pretrained are for networks"),
     ("--weights swin.pth", "--no-pretrained are for networks"),
+    ("--model swin_unet --weights swin.pth --no-pretrained", "--no-pretrained: not allowed with"),
+    ("--data mine/", "'mine/' is not the name of a data set"),
     ("--augment none flip", "--augment: all and none stand alone")])
 def test_flags_that_do_not_go_together_are_refused(tmp_path, capsys, flags, said):
     assert said in refused(capsys, tmp_path / "run", *flags.split())
@@ -716,6 +718,7 @@ def test_swin_unet_starts_from_a_file_and_goes_on_without_it(tmp_path, monkeypat
     torch.testing.assert_close(stored["model"][f"encoder.{name}"], given[name])
     path.unlink()
     assert train.main(train.parse_args([*flags, "--resume"])) == score
+    flags.remove("--weights"), flags.remove(str(path))
     for asked in ("--weights", "other.pth"), ("--no-pretrained",):
         line = refused_by(capsys, train, *flags, "--epochs", "2", "--resume", *asked)
         assert f"started with encoder weights from {path}, not" in line

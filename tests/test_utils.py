@@ -47,6 +47,21 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
             file.write(b"new")
 
 
+def test_links_and_what_is_no_file_stay_what_they_are(tmp_path):
+    (tmp_path / "page.md").write_text("old")
+    (tmp_path / "link.md").symlink_to("page.md")
+    with write_atomic(tmp_path / "link.md") as file:
+        file.write(b"new")
+    assert (tmp_path / "link.md").is_symlink() and (tmp_path / "page.md").read_text() == "new"
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+        with write_atomic(tmp_path / "pipe") as file:
+            file.write(b"new")
+        assert os.read(reader, 9) == b"new" and (tmp_path / "pipe").is_fifo()
+        os.close(reader)
+
+
 def leave_if_locked(folder):
     """The body of a process."""
     try:
