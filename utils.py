@@ -34,11 +34,11 @@ def write_atomic(path):
     earlier file of that name is then untouched. Links stay links, and devices such as /dev/stdout
     are written to directly.
     """
-    path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         with open(path, "wb") as file:
             yield file
         return
+    path = Path(os.path.realpath(path))
     partial = path.with_name(f".partial-{path.name}")
     try:
         try:

@@ -62,6 +62,15 @@ def test_links_and_what_is_no_file_stay_what_they_are(tmp_path):
         os.close(reader)
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs Linux's /proc")
+def test_a_pipe_that_a_link_of_the_system_names_is_written_to():
+    reader, writer = os.pipe()
+    with write_atomic(f"/proc/self/fd/{writer}") as file:  # as /dev/stdout leads to one
+        file.write(b"new")
+    assert os.read(reader, 9) == b"new"
+    os.close(reader), os.close(writer)
+
+
 def leave_if_locked(folder):
     """The body of a process."""
     try:
