@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 
 from losses import RECIPES
-from plots import PALETTE, draw_preview, picture
+from plots import PALETTE, draw_preview
 from raw import ARRAYS, READERS, SETS, TILE, prepare
 from synthetic import EOSIN, HEMATOXYLIN, NAMES, draw_tiles
-from utils import first_mismatch, number, run_cli, to_device, write_atomic
+from utils import first_mismatch, number, picture, run_cli, to_device, write_atomic
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INFO = {"classes": [str], "scale": float, "split": str, "recipe": str}  # what SETS tells of a set
+SET_NAME = re.compile(r"\w[\w-]*")  # of a data set: letters, digits, _ and -
 SPLITS = ("tile", "image", "official", "official-sites", "official-all")  # see `split_tiles`
 
 
@@ -61,9 +62,9 @@ def read_info(data, root, num_classes=1):
     `num_classes` is for the synthetic set. Raises FileNotFoundError or ValueError saying how to
     prepare the data.
     """
-    if not re.fullmatch(r"\w[\w-]*", data):
+    if not SET_NAME.fullmatch(data):
         raise ValueError(f"{data!r} is not the name of a data set: give that of a folder in "
-                         "--data-root, without a slash")
+                         "--data-root, of letters, digits, _ and - alone")
     if data in SETS:
         return SETS[data] | ({} if num_classes == 1 else {"classes": [*NAMES[:num_classes]]})
     path = Path(root, data, "set.json")
@@ -559,7 +560,7 @@ def parse_args(argv=None):
         if (args.classes or args.scale) and args.data in SETS:
             parser.error("--classes and --scale are for sets of your own: those of "
                          f"{args.data} are fixed")
-        if args.data == "synthetic" or not re.fullmatch(r"\w[\w-]*", args.data):
+        if args.data == "synthetic" or not SET_NAME.fullmatch(args.data):
             parser.error(f"{args.data!r} cannot name a set of your own: use letters, digits, _ "
                          "and -, and none of our names")
         if args.classes and not len(set(args.classes)) == len(args.classes) <= len(PALETTE):

@@ -28,11 +28,11 @@ from data import (cut, fingerprint, get_batch, load, normalize, set_of, split_ti
                   whole_images)
 from losses import loss_for
 from models import build_model
-from plots import draw_curves, draw_figure, picture
+from plots import draw_curves, draw_figure
 from predict import predict_bands
 from report import AVERAGES, percent, table_2
 from utils import (LOG, autocast, first_mismatch, load_checkpoint, number, output, pick_device,
-                   print_progress, run_cli, write_atomic)
+                   picture, print_progress, run_cli, write_atomic)
 
 # -----------------------------------------------------------------------------
 # Metrics

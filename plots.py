@@ -5,13 +5,9 @@ All functions take plain numbers and arrays and return a Pillow image.
 
 import math
 import statistics
-from argparse import ArgumentTypeError
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-
-from utils import output
 
 # One colour per label. Any two of them differ by at least 17 (CIE76) for normal, protanopic,
 # deuteranopic and tritanopic eyes alike; the first, which are the commonest labels, by far more.
@@ -26,13 +22,6 @@ FOUND, FALSE_ALARM, MISSED = (255, 255, 255), (213, 94, 0), (86, 180, 233)
 LINES = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0),
          (86, 180, 233), (0, 0, 0), (136, 0, 255), (102, 51, 17), (17, 34, 136), (85, 255, 119),
          (85, 68, 85))  # any two differ by at least 16, as above
-
-
-def picture(text):
-    """An argparse type: the name of a picture to write, in a format that Pillow knows."""
-    if Path(text).suffix.lower() not in Image.registered_extensions():
-        raise ArgumentTypeError(f"{text} does not end as pictures do: name it, for one, .png")
-    return output(text)
 
 
 def outline(mask):

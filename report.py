@@ -17,7 +17,7 @@ import statistics
 from pathlib import Path
 
 import related  # noqa: F401, its skips and networks join SKIPS and MODELS
-from data import SPLITS
+from data import SET_NAME, SPLITS
 from losses import RECIPE_VERSION, RECIPE_VERSIONS, RECIPES, recipe_overrides
 from models import MODELS, SKIPS, parameter_counts
 from plots import draw_curves
@@ -99,7 +99,7 @@ def check_scores(result, path):
     """The content of a scores.json as it is; ValueError naming its path if it is none."""
     wrong = unknown_part(result, SCORES)
     if not wrong:
-        sound = {"data": re.fullmatch(r"\w[\w-]*", result["args"]["data"]),
+        sound = {"data": SET_NAME.fullmatch(result["args"]["data"]),
                  "log": 0 < len(result["log"]) == len(result["seconds"]),
                  "tiles": len(result["tiles"]) == len(result["images"])}
         wrong = next((name for name in sound if not sound[name]), None)
@@ -118,7 +118,7 @@ def flags(result):
         origin = result["weights"].removeprefix("encoder weights from ")
         if origin == "from scratch":
             words.append("--no-pretrained")
-        elif not origin.startswith(("hub ", "https:")):  # by default
+        elif not origin.startswith(("hub ", "https:")):  # where they come from by default
             words.append(f"--weights {origin}")
     return " ".join(words)
 

@@ -7,7 +7,8 @@
 #   ./reproduce.sh monuseg --jobs 2                        two at a time (default: one, or one a GPU)
 #
 # Start it again after an interruption: what is finished is skipped, the rest resumed, and a run
-# that fails does not stop the others. Each run's output is in runs/*.log, the page in runs/README.md.
+# that fails does not stop the others. Each run's output is in runs/*.log, the page in runs/README.md,
+# below the folder in which it is called.
 
 set -uo pipefail
 here=$(dirname "$0")
@@ -40,8 +41,8 @@ lane() {  # NUMBER: every so many cells, one after the other
     log=runs/$data$(sed 's/ *--[a-z]* /-/g' <<<" ${cells[i]}").log
     echo "$data ${cells[i]}: see $log"
     # shellcheck disable=SC2086
-    "$python" "$here/train.py" --data "$data" ${cells[i]} --resume ${flags[@]+"${flags[@]}"} >>"$log" 2>&1 ||
-      echo "$data ${cells[i]}: $(tail -n 1 "$log")" >>"$failed"
+    "$python" "$here/train.py" --data "$data" ${cells[i]} --resume ${flags[@]+"${flags[@]}"} \
+      >>"$log" 2>&1 || echo "$data ${cells[i]}: $(tail -n 1 "$log")" >>"$failed"
   done
 }
 

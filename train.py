@@ -277,7 +277,7 @@ def print_start(args, model, weights, parts, device):
 def open_data(args, device, world_size):
     """The tiles, the split that the flags ask for and, for windows, the whole training images.
 
-    Raises ValueError for flags that do not fit the data.
+    Raises ValueError for flags that do not fit the data, and where nodes have different tiles.
     """
     tiles = load(args.data, args.data_root, args.classes or 1)
     parts = split_tiles(args.data, tiles.rows, args.split)
@@ -360,7 +360,7 @@ def resume(args, run, model, scored, optimizer, scaler):
     """Load last.pt into model, `scored` (the same, or its average), optimizer and scaler.
 
     Returns what replaces the entries of `run`. Without a last.pt the run starts, and a pretrained
-    network loads its encoder's weights.
+    network loads its encoder's weights. Raises ValueError for a last.pt that is not of this run.
     """
     checkpoint = on_rank_0(read_last, args.out / "last.pt", run, optimizer)
     if checkpoint:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 try:
     import fcntl
@@ -180,6 +181,13 @@ def output(text):
         raise ArgumentTypeError(f"{text} is no file in a folder that is there: create the folder, "
                                 "or name another")
     return text
+
+
+def picture(text):
+    """An argparse type: the name of a picture to write, in a format that Pillow knows."""
+    if Path(text).suffix.lower() not in Image.registered_extensions():
+        raise ArgumentTypeError(f"{text} does not end as pictures do: name it, for one, .png")
+    return output(text)
 
 
 def run_cli(main, parse_args, after_interrupt="nothing unfinished was kept"):
