@@ -65,8 +65,10 @@ def read_info(data, root, num_classes=1):
     if not SET_NAME.fullmatch(data):
         raise ValueError(f"{data!r} is not the name of a data set: give that of a folder in "
                          "--data-root, of letters, digits, _ and - alone")
+    if data == "synthetic" and num_classes > 1:
+        return SETS[data] | {"classes": [*NAMES[:num_classes]]}
     if data in SETS:
-        return SETS[data] | ({} if num_classes == 1 else {"classes": [*NAMES[:num_classes]]})
+        return SETS[data]
     path = Path(root, data, "set.json")
     if not path.exists():
         raise not_prepared(data, root)

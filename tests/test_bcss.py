@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import data
+import eval as evaluation
 import train
 from conftest import ROOT, load, refused
 from eval import compute_metrics, evaluate
@@ -68,6 +69,17 @@ def write_many(folder, n):
 def prepare(name, source, root):
     data.main(data.parse_args(["prepare", name, "--from", str(source), "--data-root", str(root)]))
     return data.load(name, root)
+
+
+@pytest.mark.parametrize("name", SIZE)
+def test_a_run_is_scored_again_from_its_checkpoint(name, tmp_path):
+    prepare(name, write_set(tmp_path / "raw", name, regions=4), tmp_path)
+    train.main(train.parse_args([
+        "--data", name, "--width", "2", "--epochs", "1", "--batch-size", "4", "--data-root",
+        str(tmp_path), "--out", str(tmp_path / "run")]))
+    again, = evaluation.main(evaluation.parse_args([str(tmp_path / "run/best.pt")]))
+    scores = json.loads((tmp_path / "run/scores.json").read_text())
+    assert again["per_tile"] == scores["per_tile"] and again["tiles"] == scores["tiles"]
 
 
 @pytest.mark.parametrize("name", SIZE)
