@@ -1,4 +1,4 @@
-"""When does fusion pay? The paper's open question (4.1), asked of ever more classes.
+"""When does fusion pay? The paper's open question (4.1), asked of 1 to 22 classes.
 
     python complexity.py              # draw the sets, train every cell, make the page; hours
     python complexity.py --jobs 4     # four cells at a time
@@ -7,7 +7,7 @@
 Synthetic tissue (synthetic.py) stays the same while its labels are merged to 1, 3, 6, 12 and 22
 classes, or keeps 6 classes while its regions grow. A cell is one network trained on one of these
 sets by train.py. What is compared, and what counts as a result, was written down before the first
-cell was trained: results/complexity/README.md. Start it again after an interruption: cells finished
+cell was trained: results/complexity/README.md. Start it anew after an interruption: cells finished
 in runs/complexity are skipped (remove them if you change RECIPE), the others go on, and a cell that
 fails does not stop the rest.
 """
@@ -146,6 +146,7 @@ def p_value(values):
 
 def holm(p_values):
     """Holm's correction: p values of several comparisons -> those to be held against the level."""
+    # The last index, by ranks, puts them back in their own order.
     rising = np.sort(p_values) * np.arange(len(p_values), 0, -1)
     return np.maximum.accumulate(rising).clip(max=1)[np.argsort(np.argsort(p_values))]
 
@@ -183,18 +184,21 @@ def trend(results):
         columns = [differences(results, which, skip) for which in CLASSES]
         slopes = [np.polyfit(np.log2([k for k, _ in CLASSES]), [by[seed] for by in columns], 1)[0]
                   for seed in SEEDS if all(seed in by for by in columns)]
-        rows.append([f"{skip} - standard", mean_and_error(slopes),
-                     f"{p_value(slopes):.4f}" if len(slopes) == len(SEEDS) else "-"])
+        if slopes:
+            rows.append([f"{skip} - standard", mean_and_error(slopes),
+                         f"{p_value(slopes):.4f}" if len(slopes) == len(SEEDS) else "-"])
     return markdown(["Skips", "Slope for a doubling of the classes", "p"], rows)
 
 
 def draw_picture(results):
     """Differences to the standard skip, over the number of classes and the size of the regions."""
-    panels = {title: {f"{skip} - standard": {
-        which[axis]: [100 * value for value in differences(results, which, skip).values()]
-        for which in sets} for skip in (*PAPERS[1:], *OTHERS)}
-        for title, sets, axis in (("classes (regions of 40 pixels)", CLASSES, 0),
-                                  ("size of the regions in pixels (6 classes)", GRAINS, 1))}
+    others = [skip for skip in OTHERS if any(trained == skip for _, trained, _ in results)]
+    panels = {}
+    for title, sets, axis in (("classes (regions of 40 pixels)", CLASSES, 0),
+                              ("size of the regions in pixels (6 classes)", GRAINS, 1)):
+        panels[title] = {f"{skip} - standard": {
+            which[axis]: [100 * value for value in differences(results, which, skip).values()]
+            for which in sets} for skip in (*PAPERS[1:], *others)}
     return draw_error_bars(f"difference in IoU {SCORE.replace('_', ' ')}, points", panels)
 
 

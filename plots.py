@@ -1,8 +1,9 @@
-"""Every picture: training curves (the paper's Fig. 2), error bars, test tiles (Figs. 3-5), a sheet.
+"""Every picture: training curves (the paper's Fig. 2), error bars, tiles (Figs. 3-5, and a sheet).
 
 All functions take plain numbers and arrays and return a Pillow image.
 """
 
+import itertools
 import math
 import statistics
 
@@ -32,7 +33,7 @@ def outline(mask):
 
 
 # -----------------------------------------------------------------------------
-# Training curves
+# Charts of two panels: training curves, and means with error bars
 
 
 def round_ticks(low, high):
@@ -41,6 +42,33 @@ def round_ticks(low, high):
     step *= next(factor for factor in (1, 2, 5, 10) if factor * step >= (high - low) / 5)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [step * k for k in range(first, last + 1)]
+
+
+def draw_axes(draw, font, left, heading, label, ticks, zero="#dddddd"):
+    """Draw a panel's heading, the name of its x axis and a line for each tick -> y of a value.
+
+    `left` is its left edge in pixels, `zero` the colour of the line at 0.
+    """
+    right, top, bottom = left + 500, 60, 400
+
+    def height(value):
+        return bottom - (bottom - top) * (value - ticks[0]) / (ticks[-1] - ticks[0])
+
+    draw.text(((left + right) / 2, 32), heading, "black", font, anchor="mm")
+    draw.text(((left + right) / 2, bottom + 38), label, "black", font, anchor="mm")
+    for value in ticks:
+        y = height(value)
+        draw.line((left, y, right, y), "#dddddd" if abs(value) > 1e-9 else zero)
+        draw.text((left - 8, y), f"{value:.3g}", "black", font, anchor="rm")
+    return height
+
+
+def draw_legend(draw, font, top, names):
+    """Draw a line of each colour with its name, one below the other."""
+    for i, (name, colour) in enumerate(zip(names, itertools.cycle(LINES))):
+        y = top + 24 * i
+        draw.line((70, y, 110, y), colour, 3)
+        draw.text((120, y), name, "black", font, anchor="lm")
 
 
 def draw_curves(runs):
@@ -64,22 +92,16 @@ def draw_curves(runs):
               ("validation IoU, per tile", {"val_iou_per_tile": 3},
                round_ticks(min(*ious, 0.99), max(*ious, min(ious) + 0.01)))]
     for panel, (title, series, ticks) in enumerate(panels):
-        left, top, right, bottom = 600 * panel + 70, 60, 600 * panel + 570, 400
+        left = 600 * panel + 70
+        height = draw_axes(draw, font, left, title, "epoch", ticks)
 
         def place(epoch, value):
-            return (left + (right - left) * (epoch - 0.5) / epochs,
-                    bottom - (bottom - top) * (value - ticks[0]) / (ticks[-1] - ticks[0]))
+            return left + 500 * (epoch - 0.5) / epochs, height(value)
 
-        draw.text(((left + right) / 2, 32), title, "black", font, anchor="mm")
-        draw.text(((left + right) / 2, bottom + 38), "epoch", "black", font, anchor="mm")
-        for value in ticks:
-            y = place(1, value)[1]
-            draw.line((left, y, right, y), "#dddddd")
-            draw.text((left - 8, y), f"{value:.3g}", "black", font, anchor="rm")
         for epoch in sorted({1, *range(every, epochs + 1, every)}):
-            draw.text((place(epoch, 0)[0], bottom + 14), str(epoch), "black", font, anchor="mm")
+            draw.text((place(epoch, 0)[0], 414), str(epoch), "black", font, anchor="mm")
         lines = []
-        for logs, colour in zip(runs.values(), LINES * len(runs)):
+        for logs, colour in zip(runs.values(), itertools.cycle(LINES)):
             for key, width in series.items():
                 by_epoch = [*zip(*([row[key] for row in log] for log in logs))]
                 lowest, mean, highest = (
@@ -93,15 +115,8 @@ def draw_curves(runs):
             if epochs <= 20:
                 for x, y in points:
                     draw.ellipse((x - width, y - width, x + width, y + width), colour)
-    for i, (name, colour) in enumerate(zip(runs, LINES * len(runs))):
-        y = 460 + 24 * i
-        draw.line((70, y, 110, y), colour, 3)
-        draw.text((120, y), name, "black", font, anchor="lm")
+    draw_legend(draw, font, 460, runs)
     return picture
-
-
-# -----------------------------------------------------------------------------
-# Means with error bars
 
 
 def draw_error_bars(heading, panels):
@@ -114,38 +129,28 @@ def draw_error_bars(heading, panels):
     picture = Image.new("RGB", (600 * len(panels), 460 + 24 * len(names)), "white")
     draw = ImageDraw.Draw(picture)
     for panel, (title, lines) in enumerate(panels.items()):
-        left, right, top, bottom = 600 * panel + 70, 600 * panel + 570, 60, 400
+        left = 600 * panel + 70
         bars = {name: [(at, statistics.mean(values),
                         statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0)
                        for at, values in line.items() if values] for name, line in lines.items()}
         ends = [mean + sign * error for line in bars.values() for _, mean, error in line
                 for sign in (-1, 1)]
         ticks, places = round_ticks(min([-1, *ends]), max([1, *ends])), [*lines[names[0]]]
+        height = draw_axes(draw, font, left, heading, title, ticks, zero="black")
 
-        def place(at, value, aside=0):
-            share = math.log(at / places[0]) / math.log(places[-1] / places[0])
-            return (left + 40 + (right - left - 80) * share + aside,
-                    bottom - (bottom - top) * (value - ticks[0]) / (ticks[-1] - ticks[0]))
+        def x_of(at):
+            return left + 40 + 420 * math.log(at / places[0]) / math.log(places[-1] / places[0])
 
-        draw.text(((left + right) / 2, 32), heading, "black", font, anchor="mm")
-        draw.text(((left + right) / 2, bottom + 38), title, "black", font, anchor="mm")
-        for value in ticks:
-            y = place(places[0], value)[1]
-            draw.line((left, y, right, y), "#dddddd" if abs(value) > 1e-9 else "black")
-            draw.text((left - 8, y), f"{value:.3g}", "black", font, anchor="rm")
         for at in places:
-            draw.text((place(at, 0)[0], bottom + 14), str(at), "black", font, anchor="mm")
+            draw.text((x_of(at), 414), str(at), "black", font, anchor="mm")
         for i, (line, colour) in enumerate(zip(bars.values(), LINES)):
             aside = 8 * (i - (len(names) - 1) / 2)  # pixels, so that no bar hides another
-            draw.line([place(at, mean, aside) for at, mean, _ in line], colour, 2)
+            draw.line([(x_of(at) + aside, height(mean)) for at, mean, _ in line], colour, 2)
             for at, mean, error in line:
-                (x, low), (_, high) = (place(at, mean + sign * error, aside) for sign in (-1, 1))
-                y = (low + high) / 2
-                draw.line((x, low, x, high), colour, 2)
+                x, y = x_of(at) + aside, height(mean)
+                draw.line((x, height(mean - error), x, height(mean + error)), colour, 2)
                 draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
-    for i, (name, colour) in enumerate(zip(names, LINES)):
-        draw.line((70, 470 + 24 * i, 110, 470 + 24 * i), colour, 3)
-        draw.text((120, 470 + 24 * i), name, "black", font, anchor="lm")
+    draw_legend(draw, font, 470, names)
     return picture
 
 

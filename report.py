@@ -55,7 +55,7 @@ SCORES = {"args": ARGS, "recipe_version": int, "weights": str, "log": LOG, "seco
 KNOWN = {"recipe": RECIPES, "split": SPLITS, "model": MODELS, "skip": SKIPS}
 # What `eval.py --whole --json` writes, of each network.
 WHOLE = {"args": ARGS, "recipe_version": int, "weights": str, "data": str, "tta": bool,
-         "whole": AVERAGE, "images": {str: float | None}}
+         "global": AVERAGE, "whole": AVERAGE, "images": {str: float | None}}
 
 
 def read_json(path):
@@ -145,9 +145,10 @@ def group_by(results, key):
 
 
 def markdown(titles, rows):
-    """A Markdown table."""
+    """A Markdown table, without the columns in which no row has anything."""
+    kept = [k for k in range(len(titles)) if not rows or any(row[k] != "-" for row in rows)]
     lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(map(one_cell, line)) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(one_cell(line[k]) for k in kept) + " |" for line in lines)
 
 
 def one_cell(value):
@@ -164,11 +165,13 @@ def percent(value):
 
 
 def table_1(results):
-    """The paper's Table 1: parameters of every combination, beside the paper's two numbers."""
-    return markdown(["Model", "Skip", "1 class", "3 classes", "22 classes", "The paper"],
-                    [[model, skip, *(f"{count:,}" for count in counts),
-                      f"{PAPER_PARAMETERS[model, skip]:,}" if (model, skip) in PAPER_PARAMETERS
-                      else "-"] for (model, skip), counts in parameter_counts().items()])
+    """The paper's Table 1: parameters of every combination, in brackets the paper's two numbers."""
+    rows = [[*network, *(f"{count:,}" for count in counts)]
+            for network, counts in parameter_counts().items()]
+    for row in rows:
+        if paper := PAPER_PARAMETERS.get((row[0], row[1])):
+            row[2] += f" ({paper:,})"
+    return markdown(["Model", "Skip", "1 class", "3 classes", "22 classes"], rows)
 
 
 # The averages of a score: a mean over tiles, or all pixels at once; of tiles or of whole images.
@@ -194,7 +197,7 @@ def table_2(results):
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"two runs of {data}, {split}, {name}, {skip} have one seed, of "
                              f"{seeds}: a mean over seeds takes each once")
-        is_papers = (split, name, scored_on) == ("tile", group[0]["args"]["model"], data)
+        is_papers = split == "tile" and scored_on == data and name == group[0]["args"]["model"]
         paper = PAPER.get((data, name, skip)) if is_papers else None
         cells = []
         for average in averages:
@@ -202,7 +205,7 @@ def table_2(results):
                 cell = mean_and_deviation([result[average][metric] for result in group])
                 told = f" ({paper[k]:.2f})" if paper and average == "per_tile" else ""
                 cells.append(cell + told)
-        title = f"{data}, {split} split" + f", scored on {scored_on}" * (scored_on != data)
+        title = f"{data}, {split} split" + ("" if scored_on == data else f", scored on {scored_on}")
         rows.setdefault(f"**{title}**", []).append([name, skip, *cells, len(group)])
     return "\n\n".join(f"{title}\n\n{markdown(['Model', 'Skip', *titles, 'Runs'], lines)}"
                        for title, lines in rows.items())
@@ -237,18 +240,18 @@ def skip_differences(results):
     """Per-tile test IoU of every skip minus that of the first, seed by seed, image by image.
 
     Over seeds: whether a new run would show it again. Over test images, each the mean of its tiles
-    and of all seeds: whether new images would.
+    and of all seeds: whether new images would. A table for every number of seeds.
     """
-    rows, (first, *others) = [], SKIPS
+    tables, (first, *others) = {}, SKIPS
     groups = group_by(results, lambda result: (result["args"]["data"], result["args"]["split"],
                                                label(result)))
     for (data, split, name), group in groups.items():
         by_seed = {(result["args"]["skip"], result["args"]["seed"]): result for result in group
                    if result["per_tile"]["iou"] is not None}
         for skip in others:
-            pairs = [(by_seed[skip, seed], by_seed[first, seed]) for seed in
-                     sorted(seed for other, seed in by_seed if other == skip)
-                     if (first, seed) in by_seed]
+            seeds = sorted(seed for other, seed in by_seed
+                           if other == skip and (first, seed) in by_seed)
+            pairs = [(by_seed[skip, seed], by_seed[first, seed]) for seed in seeds]
             if not pairs:
                 continue
             over_seeds = [one["per_tile"]["iou"] - two["per_tile"]["iou"] for one, two in pairs]
@@ -258,19 +261,23 @@ def skip_differences(results):
                                  "different test images: leave out those of other prepared data")
             over_images = [statistics.mean(one[image] - two[image] for one, two in scores)
                            for image in scores[0][0]]
-            deviations = [statistics.stdev(result["per_tile"]["iou"] for result in column)
-                          for column in zip(*pairs)] if len(pairs) > 1 else []
-            needed = pairs_needed(over_seeds) if len(pairs) > 1 else "-"
-            model = group[0]["args"]["model"]
-            paper = [PAPER[data, model, which][0] for which in (skip, first)
-                     if (data, model, which) in PAPER]
-            rows.append([f"{data}, {split}", name, f"{skip} - {first}", mean_and_error(over_seeds),
-                         mean_and_error(over_images),
-                         " / ".join(f"{100 * value:.2f}" for value in deviations) or "-", needed,
-                         f"{paper[0] - paper[1]:+.2f}" if len(paper) == 2 else "-"])
-    return markdown(["Data, split", "Model", "Skips", "Difference over seeds", "over test images",
-                     "Deviation between seeds", "Seeds to see 1 point",
-                     "The paper's difference"], rows)
+            deviations, needed, model = "-", "-", group[0]["args"]["model"]
+            if len(pairs) > 1:
+                deviations = " / ".join(
+                    f"{100 * statistics.stdev(result['per_tile']['iou'] for result in column):.2f}"
+                    for column in zip(*pairs))
+            if len(pairs) > 2:  # two hardly tell how much differences scatter
+                needed = pairs_needed(over_seeds)
+            papers = [PAPER[data, model, which][0] for which in (skip, first)
+                      if (data, model, which) in PAPER]
+            paper = f"{papers[0] - papers[1]:+.2f}" if len(papers) == 2 else "-"
+            tables.setdefault(len(pairs), []).append([
+                f"{data}, {split}", name, f"{skip} - {first}", mean_and_error(over_seeds),
+                mean_and_error(over_images), deviations, needed, paper])
+    titles = ["Data, split", "Model", "Skips", "Difference over seeds", "over test images",
+              "Deviation between seeds", "Seeds to see 1 point", "The paper's difference"]
+    return "\n\n".join(f"**{n} seed{'s' if n > 1 else ''}**\n\n{markdown(titles, rows)}"
+                       for n, rows in sorted(tables.items(), reverse=True))
 
 
 def pairs_needed(differences):
@@ -285,8 +292,8 @@ def pairs_needed(differences):
 def one_flag_more(results):
     """What one flag more changes in the IoU per tile, of validation and of test, seed by seed.
 
-    Below the scores of some runs stand the differences made by each single flag with which they
-    were repeated, all else and the seed being the same.
+    Each group of runs has a row with its scores. Below it stands a row for each single flag with
+    which these runs were repeated: the differences that it makes, all else being the same.
     """
     def changed(result):
         return frozenset(recipe_overrides(result["args"]).items())
@@ -300,15 +307,15 @@ def one_flag_more(results):
                                       result["weights"]))
     for (data, split, skip, *_), group in groups.items():
         runs = group_by(group, changed)
-        for base, without in runs.items():
+        for flags_without, without in runs.items():
             changes = []
-            for more, repeated in runs.items():
+            for flags_with, repeated in runs.items():
                 pairs = [(one, other) for one in repeated for other in without
                          if one["args"]["seed"] == other["args"]["seed"]]
-                if base < more and len(more - base) == 1 and pairs:
+                if flags_without < flags_with and len(flags_with - flags_without) == 1 and pairs:
+                    (added,) = flags_with - flags_without
                     differences = ([iou(one) - iou(other) for one, other in pairs] for iou in ious)
-                    changes.append(["", *(flag(*item) for item in more - base), "",
-                                    *map(mean_and_error, differences)])
+                    changes.append(["", flag(*added), "", *map(mean_and_error, differences)])
             if changes:
                 rows += [[f"{data}, {split}", label(without[0]), skip,
                           *(mean_and_deviation(map(iou, without)) for iou in ious)], *changes]
@@ -342,40 +349,46 @@ def time_to_paper(results):
 
 
 def whole_image_dice(results):
-    """Dice of whole test images, mean ± standard deviation over seeds, by masks and views.
+    """Dice of whole test images, and of all their tiles, mean ± standard deviation over seeds.
 
-    A cell says its number of runs if that is not all of its row's; ValueError for two of one seed.
+    Columns are the masks, and tiles or whole images by one view or eight. A cell says its number of
+    runs if that is not all of its row's; ValueError for two of one seed.
     """
-    def column(result):
-        return f"{result['data']}, {'8 views' if result['tta'] else '1 view'}"
+    def row(result):
+        return ("{data}, {split}".format(**result["args"]), label(result), result["args"]["skip"],
+                len(result["ensemble"]) if "ensemble" in result else 1)
+
+    def dice(result):  # -> {title of a column: Dice, 0..1}; tiles always have one view
+        whole = f"{result['data']}, {'8 views' if result['tta'] else '1 view'}"
+        tiles = {} if result["tta"] else {f"{result['data']}, tiles": result["global"]["f1"]}
+        return tiles | {whole: result["whole"]["f1"]}
 
     rows, results = [], [result for result in results if "whole" in result]
-    columns = [*group_by(results, column)]
-    for (trained, name, skip, n), group in group_by(results, lambda result: (
-            "{data}, {split}".format(**result["args"]), label(result), result["args"]["skip"],
-            len(result.get("ensemble", [0])))).items():
+    columns = [*dict.fromkeys(title for result in results for title in dice(result))]
+    for (trained, name, skip, networks), group in group_by(results, row).items():
         runs, cells = len({result["args"]["seed"] for result in group}), []
         for title in columns:
-            scored = [result for result in group if column(result) == title]
+            scored = [result for result in group if title in dice(result)]
             if len({result["args"]["seed"] for result in scored}) < len(scored):
                 raise ValueError(f"two results of {trained}, {name}, {skip} have one seed on "
                                  f"{title}: a mean over seeds takes each once")
             told = f" (n = {len(scored)})" if 0 < len(scored) < runs else ""
-            cells.append(mean_and_deviation([result["whole"]["f1"] for result in scored]) + told)
+            cells.append(mean_and_deviation([dice(result)[title] for result in scored]) + told)
         rows.append([trained, name, skip, *cells,
-                     f"ensemble of {n}" if n > 1 else f"{runs} run{'s' if runs > 1 else ''}"])
+                     f"ensemble of {networks}" if networks > 1 else
+                     f"{runs} run{'s' if runs > 1 else ''}"])
     return markdown(["Trained on", "Model", "Skip", *columns, "Of"], rows)
 
 
 def training_curves(results):
     """{name of a picture: {name of a line: logs of its seeds}}, as draw_curves takes them."""
-    pictures = group_by(results, lambda result: "curves-{data}-{split}-{model}.png".format(
-        **result["args"]))
-    return {picture: {f"{name}, {len(group)} seed{'s' if len(group) > 1 else ''}":
-                      [result["log"] for result in group]
-                      for name, group in group_by(runs, lambda result: (
-                          f"{label(result)}, {result['args']['skip']} skip")).items()}
-            for picture, runs in pictures.items()}
+    pictures = {}
+    for result in results:
+        picture = "curves-{data}-{split}-{model}.png".format(**result["args"])
+        line = f"{label(result)}, {result['args']['skip']} skip"
+        pictures.setdefault(picture, {}).setdefault(line, []).append(result["log"])
+    return {picture: {f"{line}, {len(logs)} seed{'s' if len(logs) > 1 else ''}": logs
+                      for line, logs in lines.items()} for picture, lines in pictures.items()}
 
 
 def curves(results):
@@ -392,8 +405,9 @@ def commands(results):
         start = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
         names = " ".join(f"--{name} {args[name]}"
                          for name in ("model", "skip", "data", "split", "seed"))
+        command = f"{start} train.py {names} {flags(result)}".strip()
         machines.setdefault(f"{result['device']}, torch {result['torch']}", []).append(
-            [f"`{start} train.py {names} {flags(result)}".strip() + "`",
+            [f"`{command}`",
              ", ".join(map(percent, result["per_tile"].values())),
              ", ".join(map(percent, result["global"].values())), result["epoch"],
              f"{result['seconds'][-1] / 60:.1f} min", result["recipe_version"]])
@@ -434,6 +448,7 @@ def fill_page(path, tables, results):
     else:
         words = "# Runs\n" + "".join(f"\n## {name[0].upper()}{name[1:]}\n\n<!-- {name} -->\n"
                                      "<!-- end -->\n" for name in tables)
+    # A table's name; everything up to the next comment; and that comment, if it is an end.
     page, filled = re.subn(r"<!-- (?!end -->)(.+?) -->\n(?:(?!<!-- ).)*(<!-- end -->)?", table,
                            words, flags=re.S)
     if not filled:

@@ -229,7 +229,7 @@ def test_there_is_no_verdict_before_the_last_seed():
     results = made_up([SURE] * 5)
     del results[(22, 40), "fusion", 4]
     rows = cells(fusion_pays(results))
-    assert [row[2:] for row in rows] == [["-", "-", "-"]] * 5 and "(n = 4)" in rows[4][1]
+    assert all(len(row) == 2 for row in rows) and "(n = 4)" in rows[4][1]
 
 
 def test_the_trend_is_the_slope_for_a_doubling_of_the_classes():
@@ -238,7 +238,7 @@ def test_the_trend_is_the_slope_for_a_doubling_of_the_classes():
     rows = {row[0]: row[1:] for row in cells(complexity.trend(made_up(gains)))}
     assert rows["fusion - standard"][0] == "+1.00 ± 0.00 (n = 5)"
     assert float(rows["fusion - standard"][1]) < 1e-4
-    assert rows["conv - standard"] == ["-", "-"]
+    assert [*rows] == ["fusion - standard"]  # the others have not been trained
 
 
 def test_a_seed_without_its_partner_is_in_no_difference():

@@ -64,9 +64,10 @@ def test_the_papers_table_2():
 def test_table_1_shows_every_combination_beside_the_papers_two_counts():
     rows = {tuple(row[:2]): row[2:] for row in cells(report.table_1([]))}
     assert rows.keys() == {(model, skip) for model in report.MODELS for skip in report.SKIPS}
-    assert rows["unet", "standard"] == ["31,043,521", "31,043,651", "31,044,886", "31,043,521"]
-    assert rows["swin_unet", "conv"] == ["35,383,483", "35,383,613", "35,384,848", "35,383,483"]
-    assert rows["unet", "fusion"][3] == rows["swin_unet", "standard"][3] == "-"
+    assert rows["unet", "standard"] == ["31,043,521 (31,043,521)", "31,043,651", "31,044,886"]
+    assert rows["swin_unet", "conv"] == ["35,383,483 (35,383,483)", "35,383,613", "35,384,848"]
+    assert all("(" not in row[0] for network, row in rows.items()
+               if network not in report.PAPER_PARAMETERS)
 
 
 def result(iou, f1, *flags, skip="standard", data="monuseg", weights="from scratch",
@@ -116,7 +117,7 @@ def test_skips_stand_in_their_own_order_and_all_are_compared_with_the_first():
     runs = [scores(skip, 0, (0.5, 0.5, 0.5)) for skip in reversed(report.SKIPS)]
     first, *others = report.SKIPS
     assert [row[2] for row in cells(report.table_2(runs))] == [first, *others]
-    assert [row[2] for row in cells(report.skip_differences(runs))] == [
+    assert [row[3] for row in cells(report.skip_differences(runs))] == [
         f"{skip} - {first}" for skip in others]
 
 
@@ -146,12 +147,15 @@ def test_one_flag_more_is_compared_with_the_same_seed_without_it():
 
 def test_skips_are_compared_seed_by_seed_and_image_by_image():
     conv, fusion = cells(report.skip_differences(RUNS))  # width 8 has no standard beside it
-    assert conv[:3] == ["monuseg, tile", "unet", "conv - standard"]
+    assert conv[:4] == ["2 seeds", "monuseg, tile", "unet", "conv - standard"]
     # Seeds: +10 and +20, deviation 7.07. Images: A +10 and +10, B +10 and +40.
-    # A true point would show in (2.8 * 7.07)^2 + 1.92 pairs.
-    assert conv[3:] == ["+15.00 ± 5.00 (n = 2)", "+17.50 ± 7.50 (n = 2)", "0.00 / 7.07", "394",
-                        "+1.05"]
-    assert fusion[3:5] == ["+0.00 (n = 1)", "+0.00 ± 0.00 (n = 2)"] and fusion[5:7] == ["-", "-"]
+    assert conv[4:] == ["+15.00 ± 5.00 (n = 2)", "+17.50 ± 7.50 (n = 2)", "0.00 / 7.07", "+1.05"]
+    assert fusion[0] == "1 seed" and fusion[4:] == ["+0.00 (n = 1)", "+0.00 ± 0.00 (n = 2)",
+                                                    "-0.59"]
+    # With a third seed of +15 the deviation is 5: a true point shows in (2.8 * 5)^2 + 1.92 pairs.
+    third = [scores("standard", 2, (0.5, 0.5, 0.5)), scores("conv", 2, (0.65, 0.65, 0.65))]
+    conv, _ = cells(report.skip_differences([*RUNS, *third]))
+    assert conv[0] == "3 seeds" and conv[7] == "198"
 
 
 def test_runs_tested_on_other_images_are_not_compared():
@@ -165,12 +169,12 @@ def test_tiles_without_a_class_and_sets_without_the_papers_number():
             scores("fusion", 0, (0.5, 0.6, 0.7), data="bcss")]
     runs[0]["tiles"][0] = runs[1]["tiles"][0] = None
     row, = cells(report.skip_differences(runs))
-    assert row[4] == "+15.00 ± 5.00 (n = 2)" and row[-1] == "-"
+    assert row[-1] == "+15.00 ± 5.00 (n = 2)"
     assert len(cells(report.time_to_paper(runs))) == 1  # the paper could not train the other
 
 
 def test_runs_of_which_no_test_tile_shows_a_class_have_dashes():
-    assert cells(report.table_2(EMPTY))[1][3:] == ["- (67.32)", "- (80.28)", "-", "-", "1"]
+    assert cells(report.table_2(EMPTY))[1][3:] == ["- (67.32)", "- (80.28)", "1"]
     assert cells(report.skip_differences(EMPTY)) == []
     assert [row[1:3] for row in cells(report.commands(EMPTY))] == [["-, -", "-, -"]] * 2
     mixed = cells(report.table_2([EMPTY[0], scores("standard", 1, (0.5, 0.5, 0.5))]))
@@ -253,7 +257,8 @@ def test_dice_of_whole_images_is_a_mean_over_seeds_by_masks_and_views(tmp_path):
     def whole(seed, dice, **more):
         args = RUNS[0]["args"] | {"seed": seed, "split": "official", "data": "monuseg"}
         return {"args": args, "recipe_version": 3, "weights": "from scratch", "data": "monuseg",
-                "tta": False, "whole": {"iou": 0.5, "f1": dice}, "images": {"a": None}} | more
+                "tta": False, "whole": {"iou": 0.5, "f1": dice}, "images": {"a": None},
+                "global": {"iou": 0.5, "f1": dice - 0.01}} | more
 
     files = {"one": [whole(0, 0.81), whole(1, 0.83)], "two": [whole(0, 0.84, tta=True)],
              "three": [whole(0, 0.85, data="monuseg-exact", ensemble=["a", "b"])]}
@@ -263,11 +268,13 @@ def test_dice_of_whole_images_is_a_mean_over_seeds_by_masks_and_views(tmp_path):
     report.main(report.parse_args([*map(str, sorted(tmp_path.glob("*.json"))), "--page",
                                    str(page)]))
     table = page.read_text("utf-8").split("<!-- whole images -->\n")[1].splitlines()
-    assert table[0].split(" | ")[3:6] == ["monuseg, 1 view", "monuseg-exact, 1 view",
+    assert table[0].split(" | ")[3:8] == ["monuseg, tiles", "monuseg, 1 view",
+                                          "monuseg-exact, tiles", "monuseg-exact, 1 view",
                                           "monuseg, 8 views"]
-    assert table[2].split(" | ")[3:] == ["82.00 ± 1.41", "-", "84.00 (n = 1)", "2 runs |"]
-    assert table[3].split(" | ")[3:] == ["-", "85.00", "-", "ensemble of 2 |"]
-    with pytest.raises(ValueError, match="two results of monuseg, official, .* on monuseg, 1 view"):
+    assert table[2].split(" | ")[3:] == ["81.00 ± 1.41", "82.00 ± 1.41", "-", "-",
+                                         "84.00 (n = 1)", "2 runs |"]
+    assert table[3].split(" | ")[3:] == ["-", "-", "84.00", "85.00", "-", "ensemble of 2 |"]
+    with pytest.raises(ValueError, match="two results of monuseg, official, .* on monuseg, tiles"):
         report.whole_image_dice([*files["one"], whole(1, 0.9)])
     (tmp_path / "one.json").write_text(json.dumps([whole(0, 0.8) | {
         "args": files["one"][0]["args"] | {"skip": "of another branch"}}]))
