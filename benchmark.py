@@ -17,6 +17,7 @@ import json
 import os
 import statistics
 import time
+from functools import reduce
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -24,10 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from data import (BRIGHTNESS, CHANCE, TILE, augment, draw_augmentation, generator, get_batch,
+from data import (BRIGHTNESS, CHANCE, augment, draw_augmentation, generator, get_batch,
                   normalize, synthetic)
 from losses import loss_for
 from models import MODELS, SKIPS, FusionSkip, create_model, resize
+from raw import TILE
 from train import build_training, memory_format_for, wrap
 from utils import (autocast, device_name, is_out_of_memory, number, output, pick_device,
                    run_cli, write_atomic)
@@ -47,7 +49,7 @@ class NaiveFusion(FusionSkip):
         fused = []
         for x, match, conv in zip(features, self.match, self.convs):  # its own match is Identity
             maps = (resize(layer(other), x.shape[2:]) for layer, other in zip(match, features))
-            fused.append(conv(sum(maps, start=next(maps))))
+            fused.append(conv(reduce(torch.add, maps)))
         return fused
 
 

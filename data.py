@@ -33,15 +33,13 @@ SPLITS = ("tile", "image", "official", "official-sites", "official-all")  # see 
 
 @dataclass
 class Tiles:
-    """images (n, 224, 224, 3) and masks (n, 224, 224), uint8 tensors; for each tile a row (source
-    image, row, column, part of the official split); what is known about the set, see SETS; and for
-    each tile where it starts in its image (top, left), None if that was not noted."""
+    """A prepared set of n tiles."""
 
-    images: torch.Tensor
-    masks: torch.Tensor
-    rows: list
-    info: dict
-    corners: list = None
+    images: torch.Tensor  # (n, 224, 224, 3) uint8
+    masks: torch.Tensor   # (n, 224, 224) uint8, labels
+    rows: list            # of each tile (source image, row, column, part of the official split)
+    info: dict            # what is known about the set, as in SETS
+    corners: list = None  # of each tile where it starts in its image, (top, left); None: not noted
 
 
 def how_to_prepare(data):
@@ -154,7 +152,7 @@ def split_by_hash(rows, pool, fraction, unit):
     A unit is a tile, a source image, or a tissue source site (mostly a hospital): images whose
     names share their first two parts, as TCGA-B0.
     """
-    name_of = {"tile": lambda row: f"{row[:3]}", "image": lambda row: row[0],
+    name_of = {"tile": lambda row: str(row[:3]), "image": lambda row: row[0],
                "site": lambda row: "-".join(row[0].split("-")[:2])}[unit]
     names = {i: name_of(rows[i]) for i in pool}
     order = sorted(set(names.values()), key=lambda name: hashlib.sha256(name.encode()).digest())
@@ -189,8 +187,10 @@ def split_tiles(data, rows, split):
         val = official["val"]
         test, train = split_by_hash(rows, official["train"], 600 / 6000, split)
     elif data == "bcss":
-        train, rest = ((official["train"], official["val"]) if split == "tile" else
-                       split_by_hash(rows, everything, 30760 / 36189, "image"))
+        if split == "tile":
+            train, rest = official["train"], official["val"]
+        else:
+            train, rest = split_by_hash(rows, everything, 30760 / 36189, "image")
         test, val = split_by_hash(rows, rest, 4021 / 5429, split)
     else:
         train, rest = split_by_hash(rows, everything, 0.7, split)
@@ -215,11 +215,11 @@ def fingerprint(rows, parts):
 
 @dataclass
 class WholeImage:
-    """grid (R, C): indices of the tiles; tops (R), lefts (C): where they start, in pixels."""
+    """A source image as R rows of C tiles, which may overlap."""
 
-    grid: torch.Tensor
-    tops: list
-    lefts: list
+    grid: torch.Tensor  # (R, C), indices of the tiles
+    tops: list          # of the R rows, their first pixels
+    lefts: list         # of the C columns
 
     @property
     def size(self):
@@ -235,10 +235,10 @@ def whole_images(data, tiles, indices):
     if not tiles.corners:
         raise ValueError(f"{data} was prepared by an older version, which did not note where tiles "
                          f"lie: remove that folder and {how_to_prepare(data)}")
-    images = {}
+    by_image, wholes = {}, {}
     for i in indices.tolist():
-        images.setdefault(tiles.rows[i][0], []).append(i)
-    for name, members in images.items():
+        by_image.setdefault(tiles.rows[i][0], []).append(i)
+    for name, members in by_image.items():
         places = {tiles.corners[i]: i for i in members}
         tops, lefts = (sorted(set(starts)) for starts in zip(*places))
         covered = all(starts[0] == 0 and max(np.diff(starts), default=0) <= TILE
@@ -247,8 +247,8 @@ def whole_images(data, tiles, indices):
             raise ValueError(f"{data}: the tiles of {name} do not make up a whole image: give "
                              "--windows 0, or leave out --whole")
         grid = torch.tensor([[places[top, left] for left in lefts] for top in tops])
-        images[name] = WholeImage(grid, tops, lefts)
-    return images
+        wholes[name] = WholeImage(grid, tops, lefts)
+    return wholes
 
 
 def cut(tiles, whole, top, left, height, width):
@@ -277,14 +277,15 @@ def cut(tiles, whole, top, left, height, width):
 def generator(*key):
     """A random generator for, say, (seed, epoch, step): what it yields depends on nothing else."""
     digest = hashlib.sha256(repr(key).encode()).digest()
+    # 62 bits, so that torch still takes the seed with a rank added to it.
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 2)
 
 
 def read_tiles(tiles, indices, device):
-    """Cut tiles out of the set as they are stored -> what `to_batch` takes, pinned for CUDA.
+    """Copy tiles out of the set -> [images (n, 224, 224, 3), masks (n, 224, 224)], uint8.
 
-    Touches no device but the set's, so that a thread may do it ahead of time, even though MPS must
-    be used from one thread only.
+    For CUDA they are in pinned memory. Touches no device but the set's, so that a thread may do it
+    ahead of time, even though MPS must be used from one thread only.
     """
     indices = to_device(indices, tiles.images.device)
     return pinned([array.index_select(0, indices) for array in (tiles.images, tiles.masks)],
@@ -292,9 +293,9 @@ def read_tiles(tiles, indices, device):
 
 
 def read_windows(tiles, wholes, indices, places, scale, device):
-    """Cut windows out of the whole images of some tiles -> what `to_batch` takes, pinned for CUDA.
+    """Cut windows out of the whole images of some tiles -> [images, masks] as from `read_tiles`.
 
-    Each piece has room around the window to turn and grow, see `window_side`.
+    A piece is (side, side), see `window_side`: it has room around the window to turn and grow.
     places (n, 2): where windows lie, 0..1 of the way that a tile can move within its image.
     """
     side, pieces = window_side(scale), []
@@ -348,11 +349,12 @@ def train_batches(tiles, indices, batch_size, seed, first_step, last_step, devic
     `whole_images`), at a scale that varies by up to exp(+-windows). `stain` is how much stains
     vary. 0 leaves either out.
     """
+    # "none" is the name of none of them.
     names = [*WARPS, *COLOURS] if augmentations == "all" else augmentations.split()
-    steps = len(indices) // batch_size  # in an epoch
+    num_steps = len(indices) // batch_size  # in an epoch
 
     def fetch(step):
-        epoch, place = divmod(step, steps)
+        epoch, place = divmod(step, num_steps)
         order = torch.randperm(len(indices), generator=generator(seed, epoch + 1))
         batch = indices[order[place * batch_size:(place + 1) * batch_size]][rank::world_size]
         if not windows:
@@ -366,7 +368,7 @@ def train_batches(tiles, indices, batch_size, seed, first_step, last_step, devic
             images, masks = to_batch(next_batch.result(), device)
             if step + 1 < last_step:
                 next_batch = reader.submit(fetch, step + 1)
-            epoch, place = divmod(step, steps)
+            epoch, place = divmod(step, num_steps)
             rng = generator(seed, epoch + 1, place)
             draws = draw_augmentation(batch_size, rng, names, windows, stain)
             torch.manual_seed(rng.initial_seed() + rank)
@@ -377,7 +379,7 @@ def train_batches(tiles, indices, batch_size, seed, first_step, last_step, devic
 # -----------------------------------------------------------------------------
 # Augmentation (paper 2.4), on the training device, a whole batch at a time
 
-# The paper names six and gives no strengths, so all of them are ours.
+# The paper names six ("flip" is two of them) and gives no strengths, so all of them are ours.
 CHANCE = 0.5          # of each augmentation, for each tile
 ELASTIC_CELLS = 7     # elastic: random shifts on a grid of 7 x 7 cells of 32 pixels,
 ELASTIC_STD = 8       # pixels, their standard deviation before smoothing
@@ -407,7 +409,7 @@ def change_brightness(images, factors):
 
 
 def change_stain(images, changes):
-    """Scale and shift the amounts of haematoxylin, of eosin and of what neither explains.
+    """Scale and shift the amounts of hematoxylin, of eosin and of what neither explains.
 
     images (n, 3, H, W), 0..1; changes (n, 2, 3): factors and shifts, in optical density.
     """
@@ -432,10 +434,11 @@ def draw_augmentation(n, generator, names=(*WARPS, *COLOURS), windows=0.0, stain
     """Draw the random parameters of n tiles: small tensors on the CPU, the same for any device.
 
     matrix (n, 2, 2): flips and rotation; columns, rows (n, 6): the grid's distorted lines, -1..1;
-    elastic (n, 2, 10, 10): shifts at the grid's points; brightness (n, 1): factors. A warp that is
-    not in `names` is drawn, too, but changes nothing, so that the draws of the others do not
-    depend on it. With `windows` above 0, also zoom (n,): a window's share of the piece that was cut
-    out for it; with `stain` above 0, also stain (n, 2, 3): factors and shifts.
+    elastic (n, 2, 10, 10): shifts at the grid's points, of which 1 is half a tile; brightness
+    (n, 1): factors. A warp that is not in `names` is drawn, too, but changes nothing, so that the
+    draws of the others do not depend on it. With `windows` above 0, also zoom (n,): a window's
+    share of the piece that was cut out for it; with `stain` above 0, also stain (n, 2, 3): factors
+    and shifts.
     """
     def happens(name, *shape):
         return chance(*shape, generator=generator) * (name in names)
@@ -447,7 +450,7 @@ def draw_augmentation(n, generator, names=(*WARPS, *COLOURS), windows=0.0, stain
     widths = 1 + GRID_STRETCH * stretch
     lines = F.pad(widths.cumsum(2) / widths.sum(2, keepdim=True), (1, 0)) * 2 - 1
     shifts = torch.randn(n, 2, ELASTIC_CELLS + 3, ELASTIC_CELLS + 3, generator=generator)
-    elastic = shifts * happens("elastic", n, 1, 1, 1) * ELASTIC_STD * 2 / TILE
+    elastic = shifts * happens("elastic", n, 1, 1, 1) * ELASTIC_STD / (TILE / 2)
     draws = {"matrix": rotation * flips[:, None], "columns": lines[:, 0], "rows": lines[:, 1],
              "elastic": elastic} | {name: draw(n, generator) for name, (draw, _) in COLOURS.items()
                                     if name in names}

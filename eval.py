@@ -215,14 +215,14 @@ def score(model, checkpoint, path, device, options):
     `options` are the command's flags.
     """
     args, model = checkpoint["args"], model.to(device)
-    tiles, parts = open_data(checkpoint, path, options.data_root, options.data)
-    wholes = (whole_images(options.data or args["data"], tiles, parts["test"]) if options.whole
-              else {})
+    data = options.data or args["data"]
+    tiles, parts = open_data(checkpoint, path, options.data_root, data)
+    wholes = whole_images(data, tiles, parts["test"]) if options.whole else {}
     loss_fn = loss_for(checkpoint["num_classes"], args["ignore_index"])  # no score depends on it
     confusions, _ = evaluate(model, tiles, parts["test"], loss_fn, device, options.batch_size)
     result = {"checkpoint": str(path), "epoch": len(checkpoint["log"]), "args": args,
               "recipe_version": checkpoint.get("recipe_version"), "weights": checkpoint["weights"],
-              "set": tiles.info, "data": options.data or args["data"],
+              "set": tiles.info, "data": data,
               **compute_metrics(confusions, args["ignore_index"]),
               "confusion": confusions.sum(0).tolist()}
     if wholes:
@@ -237,32 +237,35 @@ def score(model, checkpoint, path, device, options):
 def figure(checkpoints, results, options):
     """Draw test tiles, --tiles or five from the worst to the best scored -> image, number.
 
-    checkpoints: {path: checkpoint}, all of one data set and split; results of `score`.
+    checkpoints: {path: checkpoint}, all of one data set and split; results of `score`. Raises
+    ValueError for a tile that is not among the test tiles.
     """
-    names = options.tiles
     path, checkpoint = next(iter(checkpoints.items()))
     tiles, parts = open_data(checkpoint, path, options.data_root, options.data)
     test = parts["test"]
-    known = ["{}/{}/{}".format(*tiles.rows[i][:3]) for i in test]
-    unknown = [name for name in names or [] if name not in known]
+    names = ["{}/{}/{}".format(*tiles.rows[i][:3]) for i in test]
+    unknown = [name for name in options.tiles or [] if name not in names]
     if unknown:
         raise ValueError(f"--tiles {unknown[0]}: no such test tile; they are called, for one, "
-                         f"{known[0]}")
+                         f"{names[0]}")
     ious = [result["tiles"] for result in results]  # None for a tile without any class
-    order = sorted(range(len(test)), key=lambda k: sum(scores[k] or 0.0 for scores in ious))
-    chosen = ([known.index(name) for name in names] if names else
-              [order[k] for k in sorted({round(i * (len(order) - 1) / 4) for i in range(5)})])
-    images, masks = get_batch(tiles, test[chosen], "cpu")
+    if options.tiles:
+        chosen = [names.index(name) for name in options.tiles]
+    else:
+        order = sorted(range(len(test)), key=lambda k: sum(scores[k] or 0.0 for scores in ious))
+        chosen = [order[k] for k in sorted({round(i * (len(order) - 1) / 4) for i in range(5)})]
+    images, _ = get_batch(tiles, test[chosen], "cpu")
     predictions = []
     for path, checkpoint in checkpoints.items():
         model = build_model(checkpoint, path).eval()
         with torch.inference_mode():
             labels = logits_to_labels(model(normalize(images)))
         predictions.append(labels.numpy().astype(np.uint8))
-    rows = [(known[k], tiles.images[test[k]].numpy(), masks[n].numpy().astype(np.uint8),
-             [prediction[n] for prediction in predictions],
-             ["IoU -" if scores[k] is None else f"IoU {100 * scores[k]:.1f}" for scores in ious])
-            for n, k in enumerate(chosen)]
+    rows = []
+    for n, k in enumerate(chosen):
+        told = ["IoU -" if scores[k] is None else f"IoU {100 * scores[k]:.1f}" for scores in ious]
+        rows.append((names[k], tiles.images[test[k]].numpy(), tiles.masks[test[k]].numpy(),
+                     [prediction[n] for prediction in predictions], told))
     titles = [f"{result['args']['model']}, {result['args']['skip']}" for result in results]
     return draw_figure(titles, rows, tiles.info["classes"]), len(chosen)
 

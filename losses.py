@@ -17,6 +17,7 @@ def bce_loss(logits, masks, ignore=()):
 
     logits (N, 1, H, W) float, masks (N, H, W) integer 0 or 1 -> (N,) float32.
     -y log s(x) - (1 - y) log(1 - s(x)), s the sigmoid, is softplus(x) - x y, which never overflows.
+    `ignore` is always empty here, as one class has no label to leave out.
     """
     x, y = logits[:, 0].float(), masks.float()
     return (F.softplus(x) - x * y).mean(dim=(1, 2))
@@ -155,8 +156,8 @@ RECIPE_VERSIONS = {
 def recipe_for(recipe, model):
     """The values that train.py's flags default to, of a row of RECIPES -> {flag: value}."""
     values = COMMON | RECIPES[recipe]
-    return {name: values.get(model, {}).get(name, value) for name, value in values.items()
-            if not isinstance(value, dict)}
+    values |= values.get(model, {})  # what the recipe says of this network
+    return {name: value for name, value in values.items() if not isinstance(value, dict)}
 
 
 def recipe_overrides(args):

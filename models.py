@@ -7,8 +7,10 @@ related.py adds those of other papers.
 """
 
 import inspect
+import re
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -98,9 +100,9 @@ def returned_channels(skip, channels):
 
     `skip` is a class from SKIPS. Only one that changes them has a static method `out_channels`.
     """
-    if isinstance(skip, partial):  # its depth is set already
+    if isinstance(skip, partial):  # create_model has set its depth
         skip = skip.func
-    return getattr(skip, "out_channels", list)(channels)
+    return skip.out_channels(channels) if hasattr(skip, "out_channels") else channels
 
 
 # -----------------------------------------------------------------------------
@@ -108,7 +110,10 @@ def returned_channels(skip, channels):
 
 
 def double_conv(in_channels, out_channels, norm=True):
-    """Two 3x3 convolutions, padded so that they keep the size, each with BatchNorm and ReLU."""
+    """Two 3x3 convolutions, padded to keep the size, each with BatchNorm (if `norm`) and ReLU.
+
+    (N, in_channels, H, W) -> (N, out_channels, H, W).
+    """
     layers = []
     for channels in in_channels, out_channels:
         layers.append(nn.Conv2d(channels, out_channels, 3, padding=1))
@@ -135,8 +140,9 @@ def he_init(blocks):
 # The two networks. Each gets its skip's class and draws the skip last: networks of one seed share
 # all their other weights, so that a comparison of skips, seed by seed, compares the skips alone.
 # (If a skip returns more channels, decoder blocks differ, and so does what is drawn after them.)
-# Another network takes the same four arguments and tells the same three things about itself: if it
-# is pretrained (it then has a `load_pretrained`), and what sides of images it takes.
+# Another network takes the same four arguments and says the same three things about itself: whether
+# it starts from pretrained weights (it then has a `load_pretrained`), and which image sides it
+# takes: multiples of `side_multiple` up to `max_side`, None for no limit.
 
 
 class UNet(nn.Module):
@@ -147,7 +153,7 @@ class UNet(nn.Module):
     Unlike the original, convolutions are padded, so that the output has the input's size, and each
     is followed by BatchNorm: that is what the paper's parameter count (Table 1) amounts to.
     `width` is the channel count of the first level, 64 in the paper; `checkpointing` recomputes
-    feature maps in the backward pass instead of keeping them. Raises ValueError for other sides.
+    feature maps in the backward pass instead of keeping them. Raises ValueError for other sizes.
     """
 
     pretrained = False
@@ -157,8 +163,8 @@ class UNet(nn.Module):
         super().__init__()
         self.checkpointing = checkpointing
         widths = [width * 2**level for level in range(5)]  # 64 128 256 512 1024
-        downs = list(zip([3, *widths], widths))            # 3 -> 64, 64 -> 128 ... 512 -> 1024
-        ups = list(zip(widths[:0:-1], widths[-2::-1]))     # 1024 -> 512 ... 128 -> 64
+        downs = list(pairwise([3, *widths]))               # 3 -> 64, 64 -> 128 ... 512 -> 1024
+        ups = list(pairwise(widths[::-1]))                 # 1024 -> 512 ... 128 -> 64
         skips = returned_channels(skip, widths[:-1])[::-1]  # 512, 256, 128, 64
         self.encoder = nn.ModuleList(double_conv(*channels) for channels in downs)
         self.up = nn.ModuleList(nn.ConvTranspose2d(*channels, 2, stride=2) for channels in ups)
@@ -176,7 +182,7 @@ class UNet(nn.Module):
         for block in self.encoder[:-1]:
             features.append(self.run_block(block, x))     # 64 @ 224, 128 @ 112, 256 @ 56, 512 @ 28
             x = F.max_pool2d(features[-1], 2)
-        x = self.encoder[-1](x)                           # 1024 @ 14
+        x = self.encoder[-1](x)                           # 1024 @ 14: too small to recompute
         for up, block, skip in zip(self.up, self.decoder, reversed(self.skip(features))):
             x = torch.cat([skip, up(x)], dim=1)
             x = self.run_block(block, x)                  # 512 @ 28, 256 @ 56, 128 @ 112, 64 @ 224
@@ -273,7 +279,9 @@ def build_model(checkpoint, path):
     arguments = (args["model"], args["skip"], checkpoint["num_classes"], args["width"], False,
                  args.get("skip_depth", 1))  # older checkpoints do not name it
     try:
-        with torch.device("meta"):  # shapes need no memory, however large the file claims to be
+        # Shapes need no memory, however large the file claims to be. (dict() makes a copy: in the
+        # original, assign=True would leave a note that makes the load below assign, too.)
+        with torch.device("meta"):
             create_model(*arguments).load_state_dict(dict(checkpoint["model"]), assign=True)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path}: its weights do not fit the {args['model']} with {args['skip']} "
@@ -300,8 +308,9 @@ def checkpointed(block, x):
 def statistics_off(block):
     """While a block is recomputed, keep BatchNorm from counting the same batch twice.
 
-    What it saves for the backward pass must not change, so it keeps its running statistics, but a
-    momentum of 0 leaves them as they are. Its counter of batches is a copy that is thrown away.
+    Recomputing must save the same tensors as the first pass did, so BatchNorm has its running
+    statistics as before; a momentum of 0 leaves their values alone, and the counter of batches is a
+    copy that is thrown away.
     """
     norms = [layer for layer in block if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
@@ -330,7 +339,6 @@ def load_encoder(encoder, path=None):
     ValueError unless the file's names and shapes are exactly the encoder's.
     """
     import timm
-    from timm.models.swin_transformer import checkpoint_filter_fn
 
     origin = str(path or f"hub {HUB}")
     path = path or fetch_from_hub()
@@ -341,20 +349,22 @@ def load_encoder(encoder, path=None):
     except Exception as error:  # as in load_checkpoint
         raise ValueError(f"{path}: not weights, or damaged ({first_line(error)})") from None
 
-    # A checkpoint of ours holds a whole network. timm converts Microsoft's names to its own; as it
-    # would also resize the tables of another Swin, no shape may have changed on the way.
-    if any(name.startswith("encoder.") for name in tensors):
-        tensors = {name.removeprefix("encoder."): tensor for name, tensor in tensors.items()
-                   if name.startswith("encoder.")}
-    shapes = {tensor.shape for tensor in tensors.values()}
+    # A checkpoint of ours holds a whole network.
+    own = {name.removeprefix("encoder."): tensor for name, tensor in tensors.items()
+           if name.startswith("encoder.")}
+    tensors = own or tensors
+    # Microsoft's file counts a patch merging to the stage before it, where timm counts it to the
+    # stage behind, and keeps buffers that timm computes.
     if "layers.0.downsample.reduction.weight" in tensors:
-        tensors = checkpoint_filter_fn(tensors, encoder)
+        tensors = {re.sub(r"layers\.(\d)\.downsample",
+                          lambda match: f"layers.{int(match[1]) + 1}.downsample", name): tensor
+                   for name, tensor in tensors.items()
+                   if not name.endswith(("attn_mask", "relative_position_index"))}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
 
     expected = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}
-    wrong = sorted({name for name, _ in expected.items() ^ found.items()} |
-                   {name for name in found if found[name] not in shapes})
+    wrong = sorted({name for name, _ in expected.items() ^ found.items()})
     if wrong:
         raise ValueError(f"{path}: not a Swin-T: {len(wrong)} tensors are missing, left over or of "
                          f"another shape, {', '.join(wrong[:3])} among them; `./prepare_data.sh "

@@ -111,8 +111,8 @@ def predict_bands(model, image, num_classes, device, batch_size=None, tta=False)
     """Predict an RGB image of the training scale -> yields bands of rows, from top to bottom.
 
     A band is (C, rows, width) float32 probabilities, valid until the next one is asked for. Rows
-    leave as soon as no further tile touches them: only one row of tiles is kept. The network's
-    class says how large tiles can be.
+    leave as soon as no further tile touches them: only one row of tiles is kept. The network says
+    how large tiles can be, by its `max_side` and `side_multiple`.
     """
     side = model.max_side or 1024  # pixels
     batch_size = batch_size or max(1, 8 * TILE**2 // side**2)  # as many pixels as 8 tiles of 224
@@ -165,25 +165,29 @@ def predict_labels(bands, size, num_classes, name, file):
     return Image.fromarray(labels)
 
 
-def write_mask(path, labels, size, palette):
+def palette_for(num_classes):
+    return TWO_COLOURS if num_classes == 1 else PALETTE
+
+
+def write_mask(path, labels, size, num_classes):
     """Bring labels to the image's own size (width, height) and write them -> mask, mode P."""
-    if palette is TWO_COLOURS:
+    if num_classes == 1:
         mask = labels.resize(size, Image.Resampling.BILINEAR).point(lambda p: p > 127)
     else:
         mask = labels.resize(size, Image.Resampling.NEAREST)
-    mask.putpalette(palette.tobytes())
+    mask.putpalette(palette_for(num_classes).tobytes())
     with write_atomic(path) as file:
         mask.save(file, pnginfo=MARK)
     return mask
 
 
-def write_overlay(path, image, mask, palette):
+def write_overlay(path, image, mask, num_classes):
     """Write an image with a mask's outlines, 1 pixel wide around nuclei and 3 around tissue."""
-    labels = np.asarray(mask)
+    labels, palette = np.asarray(mask), palette_for(num_classes)
     for top in range(0, image.height, 1024):  # in strips, to save memory, that share 6 rows
         strip = labels[top:top + 1030]
         border = outline(strip)
-        for _ in range(0 if palette is TWO_COLOURS else 2):
+        for _ in range(0 if num_classes == 1 else 2):
             border |= outline(np.where(border, 0, strip))
         image.paste(Image.fromarray(palette[strip]), (0, top), Image.fromarray(border))
     with write_atomic(path) as file:
@@ -193,7 +197,6 @@ def write_overlay(path, image, mask, palette):
 def predict_image(path, name, model, num_classes, scale, device, args):
     """Predict an image file; write its mask, its overlay and, on demand, probabilities -> mask."""
     image = read_rgb(path)
-    palette = TWO_COLOURS if num_classes == 1 else PALETTE
     size = scaled_size(image.size, scale)
     scaled = image if scale == 1 else image.resize(size, Image.Resampling.BILINEAR)
     bands = predict_bands(model, scaled, num_classes, device, args.batch_size, args.tta)
@@ -201,8 +204,8 @@ def predict_image(path, name, model, num_classes, scale, device, args):
     with (write_atomic(args.out / f"{name}_probabilities.npy") if args.probabilities
           else nullcontext()) as file:
         labels = predict_labels(bands, size, num_classes, name, file)
-        mask = write_mask(args.out / f"{name}_mask.png", labels, image.size, palette)
-    write_overlay(args.out / f"{name}_overlay.png", image, mask, palette)
+        mask = write_mask(args.out / f"{name}_mask.png", labels, image.size, num_classes)
+    write_overlay(args.out / f"{name}_overlay.png", image, mask, num_classes)
     return mask
 
 

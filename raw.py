@@ -76,7 +76,8 @@ MONUSEG_LATER = """TCGA-BC-A217-01Z-00-DX1 TCGA-F9-A8NY-01Z-00-DX1 TCGA-FG-A87N-
 def depth_and_pages(image):
     """Bits per channel, and how many pages there are; smaller copies of a slide do not count."""
     if image.format != "TIFF":
-        return 16 if ";16B" in str(image.tile) else 8, 1  # so Pillow notes what a PNG holds
+        bits = 16 if ";16B" in str(image.tile) else 8  # so Pillow notes what a PNG holds
+        return bits, 1
     pages, size = image.n_frames, image.size
     if pages > 1:
         image.seek(1)
@@ -305,7 +306,7 @@ def walk(folders):
 
 
 def find_files(folders, suffixes):
-    """All files below the folders by their suffix, sorted."""
+    """All files below the folders whose suffix is one of `suffixes`, sorted by their paths."""
     return sorted(folder / name for folder, names in walk(folders) for name in names
                   if Path(name).suffix.lower() in suffixes)
 
@@ -341,7 +342,8 @@ def find_monuseg(folders, later_images=False, raster="paper"):
         print(f"left out {len(later)} images that the paper did not have (--later-images keeps "
               f"them): {' '.join(later)}")
         for name in later:
-            images.pop(name), masks.pop(name, None)
+            images.pop(name)
+            masks.pop(name, None)
     if len(images) < 44:
         print(f"found {len(images)} of the paper's 44 images")
     pictures = sum(path.suffix.lower() == ".png" for path in masks.values())
@@ -427,7 +429,7 @@ def own_classes(masks, names):
             first.setdefault(label, path)
         print_progress(f"labels of {done}/{len(masks)} masks read")
     labels = sorted(first)
-    binary = labels[-1] > 0 and labels in (labels[-1:], [0, labels[-1]])
+    binary = len({*labels} - {0}) == 1  # one value beside 0, or alone
     if names and len(names) > 1:
         if labels[-1] >= len(names):
             raise ValueError(f"{first[labels[-1]]}: holds the label {labels[-1]}, but --classes "
@@ -485,7 +487,7 @@ def prepare(data, folders, root, **options):
             f"{image.name} {mask.name}".encode()
         except UnicodeEncodeError:
             raise ValueError(f"{image}: its name, or its mask's, is not UTF-8: rename it") from None
-    rows = [row for _, _, rows in items for row in rows]
+    rows = [row for item in items for row in item[2]]
     lock = lock_folder(working)
 
     # Start, or continue if the partial folder was made from the very same list, and no file of it

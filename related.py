@@ -202,7 +202,10 @@ def attended_conv(in_channels, out_channels):
 
 
 def decode(blocks, x, *skips):
-    """Enlarge x to the next finer level, concatenate the skips' maps, convolve; and so on up."""
+    """Enlarge x to the next finer level, concatenate the skips' maps, convolve; and so on up.
+
+    x (N, C, h, w); skips: lists of maps, finest first -> (N, C', H, W), the finest maps' size.
+    """
     for block, *maps in zip(blocks, *map(reversed, skips)):
         x = block(torch.cat([resize(x, maps[0].shape[2:]), *maps], dim=1))
     return x
@@ -218,7 +221,7 @@ class DoubleUNet(nn.Module):
     mask has one channel, however many classes there are: where to look, not what is there. What is
     trained and scored is the second U-Net's output, where the original trains the mask, too. Any
     skip of ours may stand between; `width` and `checkpointing` mean nothing here, as VGG's widths
-    are fixed. Raises ValueError for other sides.
+    are fixed. Raises ValueError for other sizes.
     """
 
     pretrained = True

@@ -25,13 +25,24 @@ def draw_tiles(n, num_classes=1):
     return images, merge(labels, num_classes)
 
 
+def photograph(rng, density, blur):
+    """Light through the stains, a soft focus, noise of the camera -> image (224, 224, 3) uint8.
+
+    density (224, 224, 3) is optical density; `blur` is the softest focus, in pixels.
+    """
+    image = Image.fromarray((255 * np.exp(-density)).astype(np.uint8))
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, blur)))
+    image = np.asarray(image, np.float32) + rng.normal(0, 4, density.shape)
+    return image.clip(0, 255).astype(np.uint8)
+
+
 # -----------------------------------------------------------------------------
 # One class. Stain strength varies between and within tiles, and blue haze is no nucleus.
 
 
 def nuclei_tile(rng):
     """One tile -> image (224, 224, 3) and nucleus mask (224, 224), uint8."""
-    def noise(rows, columns=None):  # smooth, in 0..1: random values on a coarse grid, enlarged
+    def smooth(rows, columns=None):  # noise in 0..1: random values on a coarse grid, enlarged
         coarse = Image.fromarray(rng.random((rows, columns or rows), dtype=np.float32))
         return np.asarray(coarse.resize((TILE, TILE), Image.Resampling.BICUBIC))
 
@@ -55,11 +66,11 @@ def nuclei_tile(rng):
         return picture
 
     # Densities of the two stains: pink stroma with fibres, bluish haze.
-    fibres = Image.fromarray(noise(70, 6)).rotate(rng.uniform(0, 180), Image.Resampling.BILINEAR)
+    fibres = Image.fromarray(smooth(70, 6)).rotate(rng.uniform(0, 180), Image.Resampling.BILINEAR)
     fibres = fibres.crop((33, 33, 191, 191)).resize((TILE, TILE))  # without the rotated corners
-    eosin = 0.15 + 0.35 * noise(7) + 0.35 * np.asarray(fibres) + 0.1 * noise(80)
-    haze = rng.uniform(0.3, 1.0) * (1.6 * noise(6) - 0.7).clip(0, 1)
-    hematoxylin = 0.08 + haze + 0.1 * noise(50)
+    eosin = 0.15 + 0.35 * smooth(7) + 0.35 * np.asarray(fibres) + 0.1 * smooth(80)
+    haze = rng.uniform(0.3, 1.0) * (1.6 * smooth(6) - 0.7).clip(0, 1)
+    hematoxylin = 0.08 + haze + 0.1 * smooth(50)
 
     # Distractors: pale vacuoles, red cells, blurred smudges of the nuclei's own blue.
     hole = 1 - np.asarray(blobs(rng.integers(2, 8), (6, 16), (0.8, 0.9))) / 100
@@ -71,16 +82,12 @@ def nuclei_tile(rng):
     # Nuclei of varied size and stain, granular; about half of them touch or overlap another.
     nuclei = np.asarray(blobs(rng.integers(30, 60), (5, 12), (0.35, 1.1), clustered=0.5)) / 100
     mask = nuclei > 0
-    chromatin = 0.6 + 0.8 * noise(75)
+    chromatin = 0.6 + 0.8 * smooth(75)
     hematoxylin = np.where(mask, nuclei * chromatin + 0.3 * hematoxylin, hematoxylin)
 
-    # Light through the stains, a soft focus, noise of the camera.
     density = (rng.uniform(0.7, 1.3) * hematoxylin[..., None] * HEMATOXYLIN
                + rng.uniform(0.7, 1.3) * eosin[..., None] * EOSIN)
-    image = Image.fromarray((255 * np.exp(-density)).astype(np.uint8))
-    image = np.asarray(image.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 1.3))), np.float32)
-    image = image + rng.normal(0, 4, image.shape)
-    return image.clip(0, 255).astype(np.uint8), mask.astype(np.uint8)
+    return photograph(rng, density, 1.3), mask.astype(np.uint8)
 
 
 # -----------------------------------------------------------------------------
@@ -174,7 +181,9 @@ def cells(rng, size):
 
 
 def draw_ground(rng, region, grain):
-    """Ground of the regions (224, 224) -> densities of both stains, direction of the fibres."""
+    """Ground of the regions (224, 224) -> densities of hematoxylin and of eosin, and the direction
+    of the fibres in radians, (224, 224) each.
+    """
     # Fibres: random values along one direction, bent by smooth noise.
     angle, (ys, xs) = rng.uniform(0, 2 * np.pi), np.mgrid[:TILE, :TILE]
     across = xs * np.cos(angle) + ys * np.sin(angle) + 90 * noise(rng, 90) + 12 * noise(rng, 24)
@@ -216,7 +225,7 @@ def draw_nuclei(rng, region, direction):
         radii, width, bumps, _, layers = KINDS[KIND[label]]
         bumpy = rng.uniform(*radii) * (1 + bumps * np.cos(3 * t + rng.uniform(0, 6)))
         tilt = direction[int(y), int(x)] + rng.normal(0, 0.3)
-        outline = np.exp(1j * tilt) * bumpy * (np.cos(t) + 1j * width * np.sin(t))
+        outline = np.exp(1j * tilt) * bumpy * (np.cos(t) + 1j * width * np.sin(t))  # x + iy
         stain = rng.uniform(55, 125)
         for scale, value in layers:
             points = np.stack((x + scale * outline.real, y + scale * outline.imag), axis=1)
@@ -241,15 +250,11 @@ def tissue_tile(rng, grain=40.0):
     labels, nuclei = draw_nuclei(rng, region, direction)
     hematoxylin = np.where(np.array(NUCLEUS)[labels], nuclei + 0.4 * hematoxylin, hematoxylin)
 
-    # Light through stains of uneven strength, a soft focus, noise of the camera.
-    light = np.zeros((TILE, TILE, 3))
+    density = np.zeros((TILE, TILE, 3))
     for amount, colour in (hematoxylin, HEMATOXYLIN), (eosin, EOSIN):
-        strength = rng.uniform(0.7, 1.3) * (0.8 + 0.4 * noise(rng, 70))
-        light -= (strength * amount).clip(0)[..., None] * colour
-    image = Image.fromarray((255 * np.exp(light)).astype(np.uint8))
-    image = np.asarray(image.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 1.0))), np.float32)
-    image = image + rng.normal(0, 4, image.shape)
-    return image.clip(0, 255).astype(np.uint8), labels
+        strength = rng.uniform(0.7, 1.3) * (0.8 + 0.4 * noise(rng, 70))  # uneven
+        density += (strength * amount).clip(0)[..., None] * colour
+    return photograph(rng, density, 1.0), labels
 
 
 def merge(labels, num_classes):

@@ -37,8 +37,7 @@ from utils import (ARGS, CHECKPOINT, autocast, device_name, leave_processes, loa
 
 # The flags that checkpoints and scores.json record: all that a run's digits depend on, except where
 # an encoder's weights came from, which "weights" tells there.
-RECORDED = (*ARGS, "recipe", "classes", "loss", "schedule", "weight_decay", "ema", "augment",
-            "windows", "stain", "skip_depth", "bf16")
+RECORDED = (*ARGS, "recipe", *COMMON)
 
 
 def parse_args(argv=None):
@@ -76,8 +75,8 @@ def parse_args(argv=None):
     parser.add_argument("--lr", type=number(float), help="Adam's learning rate")
     parser.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate: constant as "
                         "in the paper, or cosine with warm-up")
-    parser.add_argument("--weight-decay", type=number(float, least=0), help="AdamW's, of all "
-                        "weights but vectors, as biases and norms are (strong: 0.05; default: 0)")
+    parser.add_argument("--weight-decay", type=number(float, least=0), help="AdamW's; "
+                        "biases and norms never decay (strong: 0.05; default: 0)")
     parser.add_argument("--ema", type=number(float, least=0, most=0.9999), metavar="DECAY",
                         help="score an exponential moving average of the weights (strong: 0.999; "
                         "0: the weights themselves)")
@@ -89,7 +88,7 @@ def parse_args(argv=None):
                         help="train on windows anywhere in whole images, their scale varied by up "
                         "to exp(+-SCALE) (strong: 0.25; 0: on the tiles as they are)")
     parser.add_argument("--stain", type=number(float, least=0, most=1), metavar="STRENGTH",
-                        help="vary each tile's haematoxylin, eosin and the rest by up to this "
+                        help="vary each tile's hematoxylin, eosin and the rest by up to this "
                         "share (strong: 0.25; 0: do not)")
     parser.add_argument("--width", type=number(int, most=1024),
                         help="channels of the U-Net's first level")
@@ -114,7 +113,7 @@ def parse_args(argv=None):
     parser.add_argument("--out", type=Path, help="run folder (default: runs/DATA-MODEL-SKIP, what "
                         "differs from the recipe, and the seed)")
     parser.add_argument("--resume", action="store_true",
-                        help="go on from the run folder's last.pt; start if there is none")
+                        help="continue from the run folder's last.pt, or start if there is none")
     parser.add_argument("--save-every", type=number(float), default=5, metavar="MINUTES",
                         help="how often to save within an epoch (default: 5)")
     parser.add_argument("--data-root", default="data", help="folder of the prepared data "
@@ -124,7 +123,7 @@ def parse_args(argv=None):
 
 
 def complete(args, parser):
-    """Refuse flags that do not go together, fill in what the recipe says -> args."""
+    """Refuse flags that contradict each other, and fill in the recipe's values -> args."""
     if args.classes and args.data != "synthetic":
         parser.error("--classes is for synthetic: other sets have the classes of their masks")
     info, pretrained = read_info(args.data, args.data_root), MODELS[args.model].pretrained
@@ -133,9 +132,10 @@ def complete(args, parser):
     if (args.weights or args.no_pretrained) and not pretrained:
         parser.error("--weights and --no-pretrained are for networks that start from ImageNet's "
                      "weights: the U-Net starts from scratch")
-    if args.augment and len(args.augment) > 1 and {"all", "none"} & {*args.augment}:
-        parser.error("--augment: all and none stand alone")
-    args.augment = args.augment and " ".join(args.augment)
+    if args.augment:
+        if len(args.augment) > 1 and {"all", "none"} & {*args.augment}:
+            parser.error("--augment: all and none stand alone")
+        args.augment = " ".join(args.augment)
     args.recipe = info["recipe"] + (" strong" if args.recipe == "strong" else "")
     args.split = args.split or info["split"]
     if args.classes and args.recipe.endswith(" strong") and not args.loss:
@@ -154,10 +154,11 @@ def default_folder(args, split):
     """runs/DATA-MODEL-SKIP-seedK, and before the seed whatever is not the recipe's."""
     changed = [] if args.split == split else [args.split]
     changed += ["strong"] if args.recipe.endswith(" strong") else []
-    changed += [f"{name.replace('_', '')}{'' if value is True else value}".replace(" ", "-")
-                for name, value in recipe_overrides(vars(args)).items()]
+    for name, value in recipe_overrides(vars(args)).items():
+        changed.append(name.replace("_", "") + ("" if value is True else str(value)))
     changed += ["scratch"] if args.no_pretrained else []
-    return Path("runs", "-".join([args.data, args.model, args.skip, *changed, f"seed{args.seed}"]))
+    parts = [args.data, args.model, args.skip, *changed, f"seed{args.seed}"]
+    return Path("runs", "-".join(parts).replace(" ", "-"))
 
 
 def main(args):
@@ -165,7 +166,8 @@ def main(args):
 
     Raises ValueError or OSError for what the user can mend; last.pt then has the last good state.
     """
-    device, (rank, world_size) = pick_device(args.device), setup_processes()
+    device = pick_device(args.device)
+    rank, world_size = setup_processes()
     tiles, parts, wholes = open_data(args, device, world_size)
     num_classes = len(tiles.info["classes"])
     loss_fn = loss_for(num_classes, args.ignore_index, args.loss)
@@ -181,27 +183,26 @@ def main(args):
     on_rank_0(open_folder, args)
     run |= resume(args, run, raw_model, scored, optimizer, scaler)
     log, losses, total = run["log"], run["losses"].to(device), args.epochs * num_steps
-    if run["step"] == total and on_rank_0(is_scored, args.out / "scores.json", args.epochs):
+    if run["step"] == total and (scores := on_rank_0(finished_scores, args)):
         print(f"{args.out} is finished; its scores are in scores.json")
-        metrics = on_rank_0(read_scores, args.out / "scores.json")
         leave_processes()
-        return metrics["per_tile"]["iou"]
+        return scores["per_tile"]["iou"]
     model = wrap(raw_model, args.compile, device, world_size)
     print_start(args, raw_model, run["weights"], parts, device)
+    start = saved = shown = time.time()
+    first, clock = run["step"], start - run["elapsed"]  # the time at which it would have started
 
     def save(name, **more):
         if rank == 0:
             run["losses"], run["elapsed"] = losses.cpu(), time.time() - clock
             save_checkpoint(args.out / name, run | {"model": scored.state_dict()} | more)
 
-    def save_last():
-        check_finite(losses[:place + 1], epoch + 1, "step", args.out)
-        check_weights(raw_model, epoch + 1, args.out)
+    def save_last(epoch, place):
+        check_finite(losses[:place + 1], epoch, "step", args.out)
+        check_weights(raw_model, epoch, args.out)
         save("last.pt", trained=raw_model.state_dict(), optimizer=optimizer.state_dict(),
              scaler=scaler.state_dict())
 
-    start = saved = shown = time.time()
-    first, clock = run["step"], start - run["elapsed"]
     if rank == 0 and log and first % num_steps == 0:
         finish_epoch(args.out, log, save)  # a kill may have come between an epoch's writes
     batches = train_batches(tiles, parts["train"], args.batch_size, args.seed, first, total, device,
@@ -209,7 +210,7 @@ def main(args):
     model.train()
     for step, (images, masks) in enumerate(batches, first):
         # Forward, backward, step. The scaler does nothing except for float16.
-        epoch, place = divmod(step, num_steps)
+        epoch, place = step // num_steps + 1, step % num_steps  # counted from 1 and from 0
         for group in optimizer.param_groups:
             group["lr"] = args.lr * SCHEDULES[args.schedule](step / total)
         with autocast(device, args.bf16):
@@ -231,26 +232,26 @@ def main(args):
         eta = timedelta(seconds=round((total - run["step"]) * args.batch_size / speed))
         if now - shown > 1 or last_of_epoch:
             shown = now
-            check_finite(losses[:place + 1], epoch + 1, "step", args.out)
-            print_progress(f"epoch {epoch + 1}/{args.epochs} step {place + 1}/{num_steps}: loss "
+            check_finite(losses[:place + 1], epoch, "step", args.out)
+            print_progress(f"epoch {epoch}/{args.epochs} step {place + 1}/{num_steps}: loss "
                            f"{losses[place].item():.4f}, {speed:.1f} images/s, {eta} left")
         if now - saved > 60 * args.save_every and not last_of_epoch:
-            save_last()
+            save_last(epoch, place)
             saved = now
         if not last_of_epoch:
             continue
 
         # Validate; write all that it takes to go on, the log, and the best epoch's weights.
-        row = {"epoch": epoch + 1, "train_loss": losses.mean().item(),
-               **validate(args, epoch + 1, scored, tiles, parts["val"], loss_fn, device, rank,
+        row = {"epoch": epoch, "train_loss": losses.mean().item(),
+               **validate(args, epoch, scored, tiles, parts["val"], loss_fn, device, rank,
                           world_size)}
         log.append(row)
         run["seconds"].append(time.time() - clock)
-        save_last()
+        save_last(epoch, place)
         saved = time.time()
         if rank == 0:
             finish_epoch(args.out, log, save)
-        print_progress(f"epoch {epoch + 1}/{args.epochs}: train loss {row['train_loss']:.4f}, val "
+        print_progress(f"epoch {epoch}/{args.epochs}: train loss {row['train_loss']:.4f}, val "
                        f"loss {row['val_loss']:.4f}, val IoU {100 * row['val_iou_per_tile']:.2f} "
                        f"F1 {100 * row['val_f1_per_tile']:.2f} per tile, {speed:.1f} images/s, "
                        f"{eta} left\n")
@@ -262,9 +263,11 @@ def main(args):
     return metrics["per_tile"]["iou"]
 
 
-def is_scored(path, epochs):
-    """Whether there are scores after so many epochs; a lengthened run has those of before."""
-    return path.exists() and len(read_scores(path)["log"]) == epochs
+def finished_scores(args):
+    """Read scores.json -> result; None if it is missing, or older than a lengthening of the run."""
+    path = args.out / "scores.json"
+    scores = read_scores(path) if path.exists() else None
+    return scores if scores and len(scores["log"]) == args.epochs else None
 
 
 def print_start(args, model, weights, parts, device):
@@ -302,8 +305,11 @@ def open_data(args, device, world_size):
 
 
 def build_training(args, num_classes, device):
-    """The network with its initial weights, what is scored of it (its average, or itself), Adam,
-    and the scaler that float16 needs."""
+    """Build what is trained -> network, scored network, optimizer, scaler.
+
+    What is scored is an average of the network with --ema, else the network itself. The scaler does
+    something for float16 alone.
+    """
     torch.manual_seed(args.seed)
     model = create_model(args.model, args.skip, num_classes, args.width, args.checkpointing,
                          args.skip_depth)
@@ -345,7 +351,7 @@ def memory_format_for(device, bf16):
 
 
 def open_folder(args):
-    """Create and lock the run's folder; ValueError if it holds a run that is not to go on."""
+    """Create and lock the run's folder; ValueError if it holds a run that is not to be resumed."""
     there = [name for name in ("last.pt", "best.pt", "log.csv") if (args.out / name).exists()]
     if there and not args.resume:
         raise ValueError(f"{args.out} holds a run already: continue it with --resume, or name "
@@ -353,7 +359,7 @@ def open_folder(args):
     if there and "last.pt" not in there:
         raise ValueError(f"{args.out} holds a {there[0]} without the last.pt to go on from: name "
                          "another folder with --out")
-    args.lock = lock_folder(args.out)  # until `args` is gone
+    args.lock = lock_folder(args.out)  # as long as `args` is there
 
 
 def resume(args, run, model, scored, optimizer, scaler):
@@ -379,11 +385,13 @@ def resume(args, run, model, scored, optimizer, scaler):
                 moments[name] = torch.empty_like(parameter).copy_(moments[name])
         if checkpoint["scaler"]:  # empty if it was not float16
             scaler.load_state_dict(checkpoint["scaler"])
-        return {name: checkpoint[name] for name in run if name not in ("args", "set", "data_root")}
+        return {name: checkpoint[name]
+                for name in ("weights", "step", "losses", "log", "seconds", "elapsed")}
     if MODELS[args.model].pretrained and not args.no_pretrained:
         weights = on_rank_0(model.load_pretrained, args.weights)
-        for value in model.state_dict().values() if dist.is_initialized() else ():
-            dist.broadcast(value, 0)
+        if dist.is_initialized():
+            for value in model.state_dict().values():
+                dist.broadcast(value, 0)
         scored.load_state_dict(model.state_dict())
         return {"weights": weights}
     return {}
@@ -400,8 +408,8 @@ def read_last(path, run, optimizer):
         "recipe_version": int, "step": int, "losses": torch.Tensor, "seconds": [float],
         "elapsed": float, "trained": {str: torch.Tensor}, "optimizer": {"state": {int: dict}},
         "scaler": dict})
-    first = "data", "model", "recipe"  # on which others depend
-    for name, value in {name: run["args"][name] for name in (*first, *run["args"])}.items():
+    for name in ("data", "model", "recipe", *run["args"]):  # first those on which others depend
+        value = run["args"][name]
         trained = checkpoint["args"].get(name, COMMON.get(name))  # older ones name fewer
         if trained != value and (name != "epochs" or run["args"]["schedule"] != "constant"):
             raise ValueError(f"--{name.replace('_', '-')} {value}: {path} was trained with "
@@ -444,9 +452,10 @@ def wrap(model, compiled, device, world_size):
 
 
 def validate(args, epoch, model, tiles, indices, loss_fn, device, rank, world_size):
-    """Score the validation tiles -> a row of the log."""
-    for buffer in model.buffers() if world_size > 1 else ():
-        dist.broadcast(buffer, 0)  # on CPUs each process has its own BatchNorm statistics
+    """Score the validation tiles -> a row of the log; ValueError for a loss that is not finite."""
+    if world_size > 1:  # on CPUs each process has its own BatchNorm statistics
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
     confusions, losses = evaluate(model, tiles, indices, loss_fn, device, args.batch_size, rank,
                                   world_size, args.bf16)
     check_finite(losses, epoch, "validation tile", args.out)
@@ -454,6 +463,9 @@ def validate(args, epoch, model, tiles, indices, loss_fn, device, rank, world_si
     return {"val_loss": losses.mean().item(),
             **{f"val_{name}_{average}": metrics[average][name] or 0.0
                for average in ("per_tile", "global") for name in ("iou", "f1")}}
+
+
+LOWER_RATE = "try a smaller --lr in another --out; {} holds the last good state, if it is there"
 
 
 def check_finite(losses, epoch, what, out):
@@ -470,9 +482,6 @@ def check_weights(model, epoch, out):
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise ValueError(f"weights are not finite in epoch {epoch}: "
                          f"{LOWER_RATE.format(out / 'last.pt')}")
-
-
-LOWER_RATE = "try a smaller --lr in another --out; {} holds the last good state, if it is there"
 
 
 def finish_epoch(folder, log, save):

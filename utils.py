@@ -88,10 +88,10 @@ def first_mismatch(value, schema, name="content"):
         if not isinstance(value, dict):
             return name
         kind, part = next(iter(schema.items()))
-        if isinstance(kind, type):
+        if isinstance(kind, type):  # names of one type, all with parts of one schema
             parts = [pair for key, item in value.items()
                      for pair in ((key, kind, name), (item, part, key))]
-        else:
+        else:  # names that must be there
             parts = [(value.get(key), part, key) for key, part in schema.items()]
     elif isinstance(schema, list):
         if not isinstance(value, list):
@@ -268,7 +268,7 @@ def autocast(device, bf16=False):
 
 
 def to_device(tensor, device):
-    """Copy to `device`, on CUDA without waiting. (MPS could read memory that is free by then.)"""
+    """Copy to `device`; on CUDA without waiting, for which MPS would need the source kept."""
     return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
