@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import re
 
 import pytest
 from conftest import ROOT, fit, refused
@@ -386,3 +387,11 @@ def test_the_readmes_scores_are_those_of_the_committed_page():
         iou, f1 = here.replace("*", "").split(", ")
         assert f"| {skip.split(',')[0]} | {iou} | {f1} |" in page
         assert tuple(map(float, paper.split(", "))) in report.PAPER.values()
+
+
+def test_means_and_differences_in_the_words_of_both_pages_stand_in_the_tables():
+    page, readme = ((ROOT / name).read_text("utf-8") for name in ("results/README.md", "README.md"))
+    tables = "".join(re.findall(r"<!-- [^>]+ -->\n(.*?)<!-- end -->", page, re.S))
+    words = readme + re.sub(r"<!-- [^>]+ -->\n.*?<!-- end -->", "", page, flags=re.S)
+    told = re.findall(r"\d\d\.\d\d ± \d\.\d\d|[+-]\d\.\d\d\b", " ".join(words.split()))
+    assert len(told) > 5 and not [number for number in told if number not in tables]
