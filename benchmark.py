@@ -48,8 +48,8 @@ class NaiveFusion(FusionSkip):
     def forward(self, features):
         fused = []
         for x, match, conv in zip(features, self.match, self.convs):  # its own match is Identity
-            maps = (resize(layer(other), x.shape[2:]) for layer, other in zip(match, features))
-            fused.append(conv(reduce(torch.add, maps)))
+            matched = (resize(layer(other), x.shape[2:]) for layer, other in zip(match, features))
+            fused.append(conv(reduce(torch.add, matched)))
         return fused
 
 

@@ -57,7 +57,7 @@ class ConvSkip(nn.Module):
 
     def __init__(self, channels, depth=1):
         super().__init__()
-        self.convs = nn.ModuleList(pointwise(c, depth) for c in channels)
+        self.convs = nn.ModuleList(pointwise(count, depth) for count in channels)
 
     def forward(self, features):
         return [conv(x) for conv, x in zip(self.convs, features)]
@@ -74,7 +74,7 @@ class FusionSkip(nn.Module):
 
     def __init__(self, channels, depth=1):
         super().__init__()
-        self.convs = nn.ModuleList(pointwise(c, depth) for c in channels)
+        self.convs = nn.ModuleList(pointwise(count, depth) for count in channels)
         self.match = nn.ModuleList(  # match[i][j]: C_j -> C_i
             nn.ModuleList(nn.Identity() if j == i else nn.Conv2d(channels[j], channels[i], 1)
                           for j in range(len(channels))) for i in range(len(channels)))
@@ -168,7 +168,8 @@ class UNet(nn.Module):
         skips = returned_channels(skip, widths[:-1])[::-1]  # 512, 256, 128, 64
         self.encoder = nn.ModuleList(double_conv(*channels) for channels in downs)
         self.up = nn.ModuleList(nn.ConvTranspose2d(*channels, 2, stride=2) for channels in ups)
-        self.decoder = nn.ModuleList(double_conv(up + c, up) for (_, up), c in zip(ups, skips))
+        self.decoder = nn.ModuleList(double_conv(up + added, up)
+                                     for (_, up), added in zip(ups, skips))
         self.head = nn.Conv2d(width, num_classes, 1)
         he_init([*self.encoder, *self.decoder])
         self.skip = skip(widths[:-1])

@@ -47,7 +47,7 @@ class NestedSkip(nn.Module):
 
     @staticmethod
     def out_channels(channels):
-        return [(len(channels) - i) * c for i, c in enumerate(channels)]
+        return [(len(channels) - i) * count for i, count in enumerate(channels)]
 
     def forward(self, features):
         rows = [[x] for x in features]                    # rows[i][j] is x(i, j)
@@ -109,7 +109,7 @@ class FusionRound(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.norms = nn.ModuleList(nn.BatchNorm2d(c) for c in channels)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(count) for count in channels)
         self.down = nn.ModuleList(FuseNeighbour(*pair) for pair in pairwise(channels))
         self.up = nn.ModuleList(FuseNeighbour(*pair) for pair in pairwise(channels[::-1]))
 
@@ -204,10 +204,10 @@ def attended_conv(in_channels, out_channels):
 def decode(blocks, x, *skips):
     """Enlarge x to the next finer level, concatenate the skips' maps, convolve; and so on up.
 
-    x (N, C, h, w); skips: lists of maps, finest first -> (N, C', H, W), the finest maps' size.
+    x (N, C, h, w); skips: lists of features, finest first -> (N, C', H, W), as large as the finest.
     """
-    for block, *maps in zip(blocks, *map(reversed, skips)):
-        x = block(torch.cat([resize(x, maps[0].shape[2:]), *maps], dim=1))
+    for block, *features in zip(blocks, *map(reversed, skips)):
+        x = block(torch.cat([resize(x, features[0].shape[2:]), *features], dim=1))
     return x
 
 
@@ -235,8 +235,9 @@ class DoubleUNet(nn.Module):
         self.encoder2 = nn.ModuleList(attended_conv(*pair) for pair in pairwise([3, *two]))
         self.aspp, self.aspp2 = ASPP(512), ASPP(256)
         ups = list(zip([64, *widths], widths, *returned))
-        self.decoder = nn.ModuleList(attended_conv(up + c, out) for up, out, c, _ in ups)
-        self.decoder2 = nn.ModuleList(attended_conv(up + c + d, out) for up, out, c, d in ups)
+        self.decoder = nn.ModuleList(attended_conv(up + first, out) for up, out, first, _ in ups)
+        self.decoder2 = nn.ModuleList(attended_conv(up + first + second, out)
+                                      for up, out, first, second in ups)
         self.mask, self.head = nn.Conv2d(32, 1, 1), nn.Conv2d(32, num_classes, 1)
         he_init([self.encoder, *self.encoder2, *self.decoder, *self.decoder2])
         self.skip = nn.ModuleList([skip(one), skip(two)])
