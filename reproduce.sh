@@ -4,11 +4,11 @@
 #   ./reproduce.sh monuseg                                 both networks, three skips, seeds 0 1 2
 #   ./reproduce.sh monuseg --skips conv fusion --seeds 0   some of them
 #   ./reproduce.sh monuseg --models unet --width 16        other flags go to train.py
-#   ./reproduce.sh monuseg --jobs 2                        two at a time (default: one, or one a GPU)
+#   ./reproduce.sh monuseg --jobs 2                        two at a time (default: one; one a GPU)
 #
 # Start it again after an interruption: what is finished is skipped, the rest resumed, and a run
-# that fails does not stop the others. Each run's output is in runs/*.log, the page in runs/README.md,
-# below the folder in which it is called.
+# that fails does not stop the others. Each run's output is in runs/*.log, the page in
+# runs/README.md, below the folder in which it is called.
 
 set -uo pipefail
 here=$(dirname "$0")
