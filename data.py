@@ -198,7 +198,8 @@ def split_tiles(data, rows, split):
     parts = {"train": train, "val": val, "test": test}
     for part, indices in parts.items():
         if not indices:
-            raise ValueError(f"--split {split} leaves no tile of {data} for {part}: take another")
+            raise ValueError(f"--split {split} leaves no tile of {data} for {part}: prepare more "
+                             "images, or take another split")
     return {part: torch.tensor(indices) for part, indices in parts.items()}
 
 
@@ -525,7 +526,7 @@ def preview(data, root, out, seed=0):
     rows = [((images.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8), masks.numpy())
             for images, masks in batches]
     with write_atomic(out) as file:
-        draw_preview(rows).save(file)
+        draw_preview(rows, tiles.info["classes"]).save(file)
     print(f"{out}: {len(indices)} tiles of {data}, each with three augmented versions below")
 
 
@@ -550,12 +551,15 @@ def parse_args(argv=None):
     command.add_argument("--scale", type=number(float, most=100),
                          help="for a set of your own, resize images by this factor first "
                               "(default: 1)")
-    command.add_argument("--data-root", default="data", help="folder of the prepared data")
+    command.add_argument("--data-root", default="data",
+                         help="folder of the prepared data (default: data)")
     command = commands.add_parser("preview", help="draw tiles before and after augmentation")
     command.add_argument("data", help="data set")
-    command.add_argument("--out", type=picture, default="preview.png", help="picture to write")
+    command.add_argument("--out", type=picture, default="preview.png",
+                         help="picture to write (default: preview.png)")
     command.add_argument("--seed", type=int, default=0, help="of the augmentation")
-    command.add_argument("--data-root", default="data", help="folder of the prepared data")
+    command.add_argument("--data-root", default="data",
+                         help="folder of the prepared data (default: data)")
     args = parser.parse_args(argv)
     if args.command == "prepare":
         if args.data == "monuseg-exact":

@@ -26,11 +26,11 @@ from torch import nn
 import related  # noqa: F401, its skips and networks join SKIPS and MODELS
 from data import (cut, fingerprint, get_batch, load, normalize, set_of, split_tiles,
                   whole_images)
-from losses import loss_for
+from losses import loss_for, recipe_overrides
 from models import build_model
 from plots import draw_curves, draw_figure
 from predict import predict_bands
-from report import AVERAGES, percent, table_2
+from report import AVERAGES, flag, percent, table_2
 from utils import (LOG, autocast, first_mismatch, load_checkpoint, number, output, pick_device,
                    picture, print_progress, run_cli, write_atomic)
 
@@ -234,6 +234,17 @@ def score(model, checkpoint, path, device, options):
     return result
 
 
+def titles(results):
+    """A title for each network of a figure: what it is, and the flags that not all of them have."""
+    overrides = [recipe_overrides(result["args"]) | {"seed": result["args"]["seed"]}
+                 for result in results]
+    shared = set.intersection(*(set(flags.items()) for flags in overrides))
+    names = ["{model}, {skip}".format(**result["args"]) for result in results]
+    others = [" ".join(flag(*item) for item in flags.items() if item not in shared)
+              for flags in overrides]
+    return [f"{name}\n{flags}".strip() for name, flags in zip(names, others)]
+
+
 def figure(checkpoints, results, options):
     """Draw test tiles, --tiles or five from the worst to the best scored -> image, number.
 
@@ -266,8 +277,7 @@ def figure(checkpoints, results, options):
         told = ["IoU -" if scores[k] is None else f"IoU {100 * scores[k]:.1f}" for scores in ious]
         rows.append((names[k], tiles.images[test[k]].numpy(), tiles.masks[test[k]].numpy(),
                      [prediction[n] for prediction in predictions], told))
-    titles = [f"{result['args']['model']}, {result['args']['skip']}" for result in results]
-    return draw_figure(titles, rows, tiles.info["classes"]), len(chosen)
+    return draw_figure(titles(results), rows, tiles.info["classes"]), len(chosen)
 
 
 def read_log(path):

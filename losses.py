@@ -95,10 +95,11 @@ def loss_for(num_classes, ignore=(), name=None):
     that does not fit so many classes.
     """
     name = name or ("bce" if num_classes == 1 else "ce+dice")
-    if name in (SEVERAL_CLASSES if num_classes == 1 else ONE_CLASS):
+    unfit = SEVERAL_CLASSES if num_classes == 1 else ONE_CLASS
+    if name in unfit:
         raise ValueError(f"--loss {name}: does not fit {num_classes} "
-                         f"{'class' if num_classes == 1 else 'classes'}; take another of "
-                         f"{', '.join(LOSSES)}")
+                         f"{'class' if num_classes == 1 else 'classes'}; take one of "
+                         f"{', '.join(other for other in LOSSES if other not in unfit)}")
     return partial(LOSSES[name], ignore=ignore)
 
 

@@ -196,18 +196,37 @@ def draw_figure(titles, rows, names):
         for column, (panel, text) in enumerate(zip(panels, [caption, "", *captions])):
             picture.paste(Image.fromarray(panel), (10 + cell * column, y))
             draw.text((10 + cell * column, y + side + 4), text, "black", font)
-    for i, (name, colour) in enumerate(legend):
-        x, y = 10 + 190 * (i % per_line), bottom + line * (i // per_line)
-        draw.rectangle((x, y, x + 14, y + 14), colour, "black")
-        draw.text((x + 20, y - 1), name, "black", font)
+    draw_key(draw, legend, bottom, per_line)
     return picture
 
 
-def draw_preview(rows):
-    """A sheet of tiles, each with the outlines of its mask.
+def draw_key(draw, legend, top, per_line):
+    """Draw a square of each colour with its name, `per_line` of them in a line of 22 pixels."""
+    for i, (name, colour) in enumerate(legend):
+        x, y = 10 + 190 * (i % per_line), top + 22 * (i // per_line)
+        draw.rectangle((x, y, x + 14, y + 14), colour, "black")
+        draw.text((x + 20, y - 1), name, "black", ImageFont.load_default(size=14))
 
-    rows: pairs of images (n, H, W, 3) and masks (n, H, W), uint8; one pair fills one row.
+
+def draw_preview(rows, names):
+    """A sheet of tiles, each with the outlines of its mask; of several classes in their colours.
+
+    rows: pairs of images (n, H, W, 3) and masks (n, H, W), uint8; one pair fills one row. names: of
+    the classes. What has the label 0 has no outline.
     """
-    outlined = [[np.where(outline(mask)[..., None], np.uint8(GREEN), image)
-                 for image, mask in zip(images, masks)] for images, masks in rows]
-    return Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in outlined]))
+    colours, legend = np.array([(0, 0, 0), GREEN], np.uint8), []
+    if len(names) > 1:
+        shown = np.unique([masks for _, masks in rows])
+        colours = PALETTE
+        legend = [(names[label], tuple(PALETTE[label].tolist())) for label in shown if label]
+    n, height, width = rows[0][1].shape
+    height, width = height + 4, width + 4  # with a gap between tiles
+    per_line, bottom = max(1, n * width // 190), len(rows) * height
+    picture = Image.new("RGB", (n * width, bottom + 22 * math.ceil(len(legend) / per_line)),
+                        "white")
+    for row, (images, masks) in enumerate(rows):
+        for column, (image, mask) in enumerate(zip(images, masks)):
+            tile = np.where(outline(mask)[..., None], colours[mask], image)
+            picture.paste(Image.fromarray(tile), (column * width, row * height))
+    draw_key(ImageDraw.Draw(picture), legend, bottom, per_line)
+    return picture

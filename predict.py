@@ -214,7 +214,8 @@ def parse_args(argv=None):
     parser.add_argument("checkpoint", type=Path, help="best.pt of a run")
     parser.add_argument("images", type=Path, nargs="+", help="image files, or folders: all images "
                         "in them but *_mask.png and *_overlay.png")
-    parser.add_argument("--out", type=Path, default="predictions", help="folder to write to")
+    parser.add_argument("--out", type=Path, default="predictions",
+                        help="folder to write to (default: predictions)")
     parser.add_argument("--scale", type=number(float, most=10), help="factor to resize images by "
                         "(default: as the training set was, monuseg 0.896)")
     parser.add_argument("--tta", action="store_true", help="average over eight flips and turns")

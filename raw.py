@@ -98,11 +98,11 @@ def read_image(path, modes):
             Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and error.errno:  # the system's: the file may be sound
             raise OSError(f"{path}: cannot be opened ({error.strerror})") from None
-        raise ValueError(f"{path}: not a readable image ({error or 'out of memory'}): fetch it "
-                         "again") from None
+        raise ValueError(f"{path}: not a readable image ({error or 'out of memory'}): fetch or "
+                         "export it again") from None
     if image.mode not in modes:
-        raise ValueError(f"{path}: Pillow mode {image.mode}, not {' or '.join(modes)}: "
-                         "convert it, or export it again as 8-bit")
+        raise ValueError(f"{path}: Pillow mode {image.mode}, not {' or '.join(modes)}: export it "
+                         "again, as 8-bit and without transparency")
     if pages > 1:
         raise ValueError(f"{path}: holds {pages} pages, of which only the first would be read: "
                          "save each as a file, or channels as one page")
@@ -245,6 +245,9 @@ def check_is_file(path):
 def read_labels(path):
     """Read a mask of a user's set, 8-bit and of one channel; of a palette picture, its indices."""
     image = read_image(path, ("L", "P", "1", "RGB", "RGBA", "LA", "I;16", "I"))
+    if image.format == "JPEG":
+        raise ValueError(f"{path}: a JPEG, which does not keep labels as they are: export masks as "
+                         "PNG")
     if image.mode not in ("L", "P", "1"):
         raise ValueError(f"{path}: Pillow mode {image.mode}, but a mask stores one class index a "
                          "pixel, 0 to 255: replace colours by indices")
@@ -279,7 +282,8 @@ def tile_starts(length):
 def check_size(image_path, image, mask_path, mask):
     if image.size != mask.size:
         raise ValueError(f"{mask_path}: {mask.width} x {mask.height} pixels, but {image_path.name} "
-                         f"has {image.width} x {image.height}: fetch both again")
+                         f"has {image.width} x {image.height}: fetch or export both again, at "
+                         "one size")
 
 
 # -----------------------------------------------------------------------------
@@ -390,6 +394,8 @@ def find_own(folders, names=None, scale=1.0):
     if len(folders) > 1:
         raise ValueError(f"--from {folders[1]}: one folder holds all of a set, in images and masks")
     root, items, images = Path(folders[0]), [], []
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder: give the one that holds images and masks")
     Image.MAX_IMAGE_PIXELS = 2**30  # Pillow refuses what claims more than twice as many
     parts = [part for part in ("train", "val", "test") if (root / part).is_dir()]
     for other in sorted([root / "images", *root.glob("*/images")] if parts else []):
@@ -428,23 +434,29 @@ def own_classes(masks, names):
         for label in np.unique(read_labels(path)).tolist():
             first.setdefault(label, path)
         print_progress(f"labels of {done}/{len(masks)} masks read")
-    labels = sorted(first)
+    labels, highest = sorted(first), max(first)
+    found = f"{first[highest]}: holds the label {highest}"
     binary = len({*labels} - {0}) == 1  # one value beside 0, or alone
     if names and len(names) > 1:
-        if labels[-1] >= len(names):
-            raise ValueError(f"{first[labels[-1]]}: holds the label {labels[-1]}, but --classes "
-                             f"names {len(names)}, 0 to {len(names) - 1}")
+        if highest >= len(names):
+            raise ValueError(f"{found}, but --classes names {len(names)}, 0 to {len(names) - 1}" +
+                             (": for masks of two values name one class" if binary else ""))
         return names
     if binary:
         return names or ["foreground"]
-    if names or labels == [0]:
-        raise ValueError(f"{first[labels[-1]]}: masks of one class hold two values, 0 and another, "
-                         f"but these hold {', '.join(map(str, labels[:9]))}")
-    odd = next((label for k, label in enumerate(labels) if label != k or k == len(PALETTE)), None)
-    if odd is not None:
-        raise ValueError(f"{first[odd]}: holds the label {odd}, but classes are numbered from 0 "
-                         f"without gaps, at most {len(PALETTE)} of them: number them so, or name "
-                         "all with --classes")
+    if highest == 0:
+        raise ValueError(f"{first[0]}: holds 0 alone, as all masks do: mark what is to be found")
+    if names:
+        raise ValueError(f"{found}, but masks of one class hold two values, 0 and another, and "
+                         f"these hold {', '.join(map(str, labels[:9]))}: name all classes")
+    if highest >= len(PALETTE):
+        raise ValueError(f"{found}, and the masks hold {', '.join(map(str, labels[:9]))}, but they "
+                         f"should hold two values, or classes from 0 to at most "
+                         f"{len(PALETTE) - 1}: replace grey levels by these (and resize masks by "
+                         "nearest pixels)")
+    if highest >= len(labels):
+        raise ValueError(f"{found}, but the masks hold only {', '.join(map(str, labels))}: number "
+                         "classes from 0 without gaps, or name all with --classes")
     return [f"class {label}" for label in labels]
 
 

@@ -1,7 +1,7 @@
 """Rebuild the tables and curves of results/README.md from the scores.json that training leaves.
 
     python report.py results/runs/*.json results/whole/*.json     # the page as it is committed
-    python report.py runs/*/scores.json --page my_page.md         # your runs, in a page of yours
+    python report.py runs/*/scores.json --page runs/page.md       # your runs, in a page of yours
 
 The words of a page are written by hand, its tables here: each stands between two comments,
 <!-- NAME --> and <!-- end -->, with NAME one of TABLES below; a page that is not there yet gets

@@ -41,8 +41,9 @@ RECORDED = (*ARGS, "recipe", *COMMON)
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     epilog="Where no default is named, it is the recipe's.")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="Where no default is named, it is the recipe's: see RECIPES in losses.py.")
     # What to train
     parser.add_argument("--model", choices=MODELS, default="unet", help="network (default: unet)")
     parser.add_argument("--skip", choices=SKIPS, default="standard",
@@ -81,7 +82,7 @@ def parse_args(argv=None):
                         help="score an exponential moving average of the weights (strong: 0.999; "
                         "0: the weights themselves)")
     parser.add_argument("--loss", choices=LOSSES, help="bce and bce+dice are for one class, ce and "
-                        "ce+dice for several")
+                        "ce+dice for several (paper: bce, and ce+dice)")
     parser.add_argument("--augment", nargs="+", choices=("all", "none", *WARPS, *COLOURS),
                         help="augmentations of training tiles (default: all)")
     parser.add_argument("--windows", type=number(float, least=0, most=1), metavar="SCALE",

@@ -127,6 +127,10 @@ def load_checkpoint(path, schema=CHECKPOINT):
     Raises FileNotFoundError or another OSError if it cannot be read, ValueError if it is damaged or
     not as `schema` says (see `first_mismatch`). Code that a file may carry is never run.
     """
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path}: is a folder: give the best.pt in it")
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such file: give the best.pt of a run")
     content = Path(path).read_bytes()
     try:
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

@@ -731,8 +731,8 @@ def test_preview_is_a_sheet_of_8_by_4_tiles(tmp_path, monkeypatch, capsys):
                                str(tmp_path / "sheet.png")]))
     assert "sheet.png: 8 tiles of monuseg" in capsys.readouterr().out
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.format == "PNG" and sheet.size == (8 * 224, 4 * 224)
-        lines = np.asarray(sheet).reshape(4, 224, 8, 224, 3).swapaxes(1, 2)
+        assert sheet.format == "PNG" and sheet.size == (8 * 228, 4 * 228)
+        lines = np.asarray(sheet).reshape(4, 228, 8, 228, 3).swapaxes(1, 2)[:, :, :224, :224]
     images, masks = (np.load(folder / f"{name}.npy") for name in ("images", "masks"))
     for place, index in (0, 0), (7, 8):
         border = plots.outline(masks[index])

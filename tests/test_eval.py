@@ -233,7 +233,7 @@ def test_where_no_tile_shows_a_class_a_dash_stands_for_the_score(whole, capsys, 
     assert out.splitlines()[2].split() == ["per", "tile", "-", "-"]
     assert captions == [["IoU -"], ["IoU -"]]
     _, out = evaluated(capsys, whole.out / "best.pt", other)
-    assert out.count("| - | - | 0.00 ± 0.00 | 0.00 ± 0.00 | 2 |") == 1  # of false alarms
+    assert out.count("| standard | 0.00 ± 0.00 | 0.00 ± 0.00 | 2 |") == 1  # of false alarms
 
 
 def test_data_are_looked_for_where_training_found_them(whole, capsys, tmp_path, monkeypatch):
@@ -356,7 +356,7 @@ def test_a_figure_shows_what_each_network_is_scored_for_from_the_worst_tile_to_t
     evaluated(capsys, whole.out / "best.pt", tmp_path / "conv/best.pt", "--figure",
               tmp_path / "figure.png")
     titles, *rows = drawn
-    assert titles == ["unet, standard", "unet, conv"] and len(rows) == 2
+    assert titles == ["unet, standard\n--epochs 3", "unet, conv\n--epochs 1"] and len(rows) == 2
     sums = []
     for caption, image, mask, predictions, captions in rows:
         index, = [i for i, row in enumerate(made_up_tiles().rows) if

@@ -236,7 +236,14 @@ BAD = {
     "three values for two names": (save("masks/image-1.png", noise(230, 300, high=3)),
                                    ("--classes", "a", "b"), "--classes names 2"),
     "a gap": (save("masks/image-1.png", 2 * noise(230, 300, high=3)), (), "without gaps"),
-    "256 labels": (save("masks/image-1.png", noise(230, 300)), (), "at most 22"),
+    "256 labels": (save("masks/image-1.png", noise(230, 300)), (), "classes from 0 to at most 21"),
+    "two names for 0 and 255": (lambda raw: [save(f"masks/image-{i}.png", 255 * noise(
+        230, 300, high=2))(raw) for i in range(3)], ("--classes", "a", "b"), "name one class"),
+    "nothing marked": (lambda raw: [save(f"masks/image-{i}.png", noise(230, 300, high=1))(raw)
+                                    for i in range(3)], (), "holds 0 alone, as all masks do"),
+    "a JPEG mask": (lambda raw: (remove("masks/image-1.png")(raw), save(
+        "masks/image-1.jpg", noise(230, 300, high=2))(raw)), (), "image-1.jpg: a JPEG"),
+    "no such folder": (shutil.rmtree, (), "raw: no such folder: give the one that holds images"),
     "16-bit mask": (save("masks/image-1.png", noise(230, 300).astype(np.uint16)), (),
                     "replace colours by indices"),
     "colours": (save("masks/image-1.png", noise(230, 300, 3)), (), "mode RGB, but a mask"),

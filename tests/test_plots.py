@@ -140,7 +140,17 @@ def test_a_figure_holds_every_tile_beside_all_predictions():
 def test_a_preview_outlines_masks_and_leaves_its_images_as_they_were():
     images, masks = np.full((3, 8, 8, 3), 90, np.uint8), np.zeros((3, 8, 8), np.uint8)
     masks[1, 2:6, 2:6] = 1
-    sheet = np.asarray(draw_preview([(images, masks), (images[:, :, ::-1], masks)]))
-    assert sheet.shape == (16, 24, 3) and (images == 90).all()
+    sheet = np.asarray(draw_preview([(images, masks), (images[:, :, ::-1], masks)], ["nucleus"]))
+    assert sheet.shape == (24, 36, 3) and (images == 90).all()
     green = (sheet == GREEN).all(axis=2)
-    assert green.sum() == 2 * 12 and green[2:6, 10:14].sum() == green[10:14, 10:14].sum() == 12
+    assert green.sum() == 2 * 12 and green[2:6, 14:18].sum() == green[14:18, 14:18].sum() == 12
+
+
+def test_a_preview_of_several_classes_outlines_each_in_the_colour_that_its_key_names():
+    images, masks = np.full((1, 40, 230, 3), 90, np.uint8), np.zeros((1, 40, 230), np.uint8)
+    masks[0, 2:6, 2:6], masks[0, 2:6, 6:10] = 1, 2
+    sheet = np.asarray(draw_preview([(images, masks)], ["ground", "one", "two", "absent"]))
+    of_label = [(sheet == PALETTE[label]).all(axis=2) for label in range(4)]
+    assert of_label[1][2:6, 2:6].sum() == of_label[2][2:6, 6:10].sum() == 12
+    assert of_label[1][44:].sum() > 100 < of_label[2][44:].sum()  # squares below the tile
+    assert not of_label[3].any()
