@@ -167,7 +167,7 @@ def open_data(checkpoint, path, data_root, data=None):
     """The tiles that a network was trained on, and the split -> Tiles, {part: indices}.
 
     `data_root` defaults to where training found the tiles, `data` to the set that was trained on;
-    it may be another set of the same tiles. Raises ValueError if tiles or classes differ.
+    it may be another set of the same tiles. Raises ValueError if tiles, classes or scale differ.
     """
     args, root = checkpoint["args"], data_root or checkpoint.get("data_root", "data")
     data = data or args["data"]
@@ -176,10 +176,13 @@ def open_data(checkpoint, path, data_root, data=None):
     if checkpoint["split"] != fingerprint(tiles.rows, parts):
         raise ValueError(f"{path}: was trained on other tiles than {Path(root, data)} holds, and "
                          "may have seen these test tiles: prepare the same images again")
-    known = set_of(checkpoint, path)["classes"]
-    if known != tiles.info["classes"]:
-        raise ValueError(f"{path}: knows the classes {', '.join(known)}, but {data} was "
+    known = set_of(checkpoint, path)
+    if known["classes"] != tiles.info["classes"]:
+        raise ValueError(f"{path}: knows the classes {', '.join(known['classes'])}, but {data} was "
                          f"prepared with {', '.join(tiles.info['classes'])}")
+    if known["scale"] != tiles.info["scale"]:
+        raise ValueError(f"{path}: was trained at --scale {known['scale']:g}, but {data} was "
+                         f"prepared with {tiles.info['scale']:g}")
     return tiles, parts
 
 
@@ -342,6 +345,9 @@ def main(args):
             for path in checkpoints if args.curves}
 
     if args.ensemble:
+        if len({one["args"]["seed"] for one in checkpoints.values()}) < len(args.checkpoints):
+            raise ValueError("--ensemble is of runs that differ in their seed, and two of these "
+                             "have the same: name each once")
         path, checkpoint = next(iter(checkpoints.items()))
         results = [score(build_ensemble(checkpoints), checkpoint, path, device, args)
                    | {"ensemble": [*args.checkpoints]}]

@@ -471,6 +471,12 @@ READERS = {
 }
 
 
+def stamp(item):
+    """Bytes that change when another file takes the place of an item's image or mask."""
+    facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in item[:2]]
+    return repr(facts).encode()
+
+
 def prepare(data, folders, root, **options):
     """Write ROOT/DATA/{images.npy, masks.npy, tiles.csv, set.json} from raw files in the folders.
 
@@ -502,17 +508,19 @@ def prepare(data, folders, root, **options):
     rows = [row for item in items for row in item[2]]
     lock = lock_folder(working)
 
-    # Start, or continue if the partial folder was made from the very same list, and no file of it
-    # that is done was written anew since then.
+    # Start, or continue if the partial folder was made from the very same list, and the files that
+    # are done are still the same.
     listed = json.dumps([[str(path) for path in items[0][:2]], rows, info])
     state = {"list": hashlib.sha256(listed.encode()).hexdigest(), "files": 0, "tiles": 0}
     progress = working / "progress.json"
     before = json.loads(progress.read_text()) if progress.exists() else {}
-    finished = [path for item in items[:before.get("files", 0)] for path in item[:2]]
-    if before.get("list") == state["list"] and all(
-            path.stat().st_mtime <= progress.stat().st_mtime for path in finished):
+    finished = hashlib.sha256()
+    for item in items[:before.get("files", 0)]:
+        finished.update(stamp(item))
+    if (before.get("list"), before.get("stamp")) == (state["list"], finished.hexdigest()):
         state = before
     else:
+        finished = hashlib.sha256()
         progress.unlink(missing_ok=True)  # it tells of the arrays that are replaced now
         for name, shape in ARRAYS.items():
             np.lib.format.open_memmap(working / f"{name}.npy", "w+", np.uint8, (len(rows), *shape))
@@ -533,11 +541,12 @@ def prepare(data, folders, root, **options):
                         raise ValueError(f"{item[0]}: was read as {array.dtype} {array.shape}, but "
                                          f"listed with {len(item[2])} tiles: uint8 {shape} each")
                     file.write(array.tobytes())
+                finished.update(stamp(item))
                 state["tiles"] += len(item[2])
             for file in images, masks:  # the note must not be on the disk before the tiles are
                 file.flush()
                 os.fsync(file.fileno())
-            state["files"] = done + len(some)
+            state["files"], state["stamp"] = done + len(some), finished.hexdigest()
             with write_atomic(progress) as file:
                 file.write(json.dumps(state).encode())
             eta = (time.time() - start) / (state["files"] - first) * (len(items) - state["files"])

@@ -27,6 +27,10 @@ for word; do
     *) declare "$list=${!list} $word" ;;
   esac
 done
+[[ $jobs =~ ^\ *[1-9][0-9]*$ && $models && $skips && $seeds ]] || {
+  echo "reproduce.sh: give --jobs a number above 0, and --models, --skips, --seeds one or more" >&2
+  exit 2
+}
 
 cells=()
 for seed in $seeds; do for model in $models; do for skip in $skips; do

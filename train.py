@@ -184,7 +184,7 @@ def main(args):
     on_rank_0(open_folder, args)
     run |= resume(args, run, raw_model, scored, optimizer, scaler)
     log, losses, total = run["log"], run["losses"].to(device), args.epochs * num_steps
-    if run["step"] == total and (scores := on_rank_0(finished_scores, args)):
+    if run["step"] == total and (scores := on_rank_0(finished_scores, args.out, log)):
         print(f"{args.out} is finished; its scores are in scores.json")
         leave_processes()
         return scores["per_tile"]["iou"]
@@ -231,12 +231,12 @@ def main(args):
         # Once a second tell how far we are: reading the loss waits for the GPU. Save now and then.
         speed = args.batch_size * (run["step"] - first) / max(now - start, 1e-3)
         eta = timedelta(seconds=round((total - run["step"]) * args.batch_size / speed))
-        if now - shown > 1 or last_of_epoch:
+        if rank == 0 and now - shown > 1 or last_of_epoch:
             shown = now
             check_finite(losses[:place + 1], epoch, "step", args.out)
             print_progress(f"epoch {epoch}/{args.epochs} step {place + 1}/{num_steps}: loss "
                            f"{losses[place].item():.4f}, {speed:.1f} images/s, {eta} left")
-        if now - saved > 60 * args.save_every and not last_of_epoch:
+        if rank == 0 and now - saved > 60 * args.save_every and not last_of_epoch:
             save_last(epoch, place)
             saved = now
         if not last_of_epoch:
@@ -264,11 +264,14 @@ def main(args):
     return metrics["per_tile"]["iou"]
 
 
-def finished_scores(args):
-    """Read scores.json -> result; None if it is missing, or older than a lengthening of the run."""
-    path = args.out / "scores.json"
+def finished_scores(folder, log):
+    """Read scores.json -> result; None if it is missing, or of another log than that of this run.
+
+    The latter is so when the run was lengthened.
+    """
+    path = folder / "scores.json"
     scores = read_scores(path) if path.exists() else None
-    return scores if scores and len(scores["log"]) == args.epochs else None
+    return scores if scores and scores["log"] == log else None
 
 
 def print_start(args, model, weights, parts, device):
@@ -292,6 +295,9 @@ def open_data(args, device, world_size):
     if any(num_classes == 1 or not 0 <= label < num_classes for label in args.ignore_index):
         raise ValueError(f"--ignore-index {' '.join(map(str, args.ignore_index))}: {args.data} has "
                          "no such label to ignore")
+    if {*args.ignore_index} >= ({1} if num_classes <= 2 else {*range(num_classes)}):
+        raise ValueError(f"--ignore-index {' '.join(map(str, args.ignore_index))}: leaves no label "
+                         "to score")
     if world_size > 1:
         found = [None] * world_size
         dist.all_gather_object(found, fingerprint(tiles.rows, parts))
@@ -420,9 +426,11 @@ def read_last(path, run, optimizer):
         raise ValueError(f"{path}: was trained by version {checkpoint['recipe_version']} of the "
                          f"recipe, and this is version {RECIPE_VERSION}: start anew, in another "
                          "--out")
-    if any(checkpoint[name] != run[name] for name in ("split", "num_classes")):
-        raise ValueError(f"{path}: was trained on other tiles, or with other classes: prepare the "
-                         "same images again")
+    known = checkpoint.get("set", run["set"])  # older ones do not tell
+    if (any(checkpoint[name] != run[name] for name in ("split", "num_classes")) or
+            any(known.get(name) != run["set"][name] for name in ("classes", "scale"))):
+        raise ValueError(f"{path}: was trained on other tiles, or with other classes or another "
+                         "scale: prepare the same images again, with the same flags")
     if run["args"]["epochs"] * num_steps < checkpoint["step"]:
         raise ValueError(f"--epochs {run['args']['epochs']}: {path} has trained longer, "
                          f"{checkpoint['step'] / num_steps:.1f} epochs")

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 
 try:
     import fcntl
@@ -32,9 +31,14 @@ def write_atomic(path):
     """Open a binary file for writing that gets its name only when it is whole.
 
     It is written beside that name, flushed and renamed. Raises OSError naming it if that fails; an
-    earlier file of that name is then untouched. Links stay links, and devices such as /dev/stdout
-    are written to directly.
+    earlier file of that name is then untouched. Links stay links. Devices are written to directly,
+    and so is /dev/stdout, whatever it is: a file there may hold what others wrote before.
     """
+    if str(path) == "/dev/stdout":
+        print(end="", flush=True)
+        with open(os.dup(1), "wb") as file:
+            yield file
+        return
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         with open(path, "wb") as file:
             yield file
@@ -92,7 +96,9 @@ def first_mismatch(value, schema, name="content"):
             parts = [pair for key, item in value.items()
                      for pair in ((key, kind, name), (item, part, key))]
         else:  # names that must be there
-            parts = [(value.get(key), part, key) for key, part in schema.items()]
+            if missing := next((key for key in schema if key not in value), None):
+                return missing
+            parts = [(value[key], part, key) for key, part in schema.items()]
     elif isinstance(schema, list):
         if not isinstance(value, list):
             return name
@@ -179,17 +185,20 @@ def number(kind, least=None, most=math.inf):
     return parse
 
 
+PICTURES = (".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff", ".gif", ".bmp", ".pdf")
+
+
 def output(text):
     """An argparse type: the name of a file to write, whose folder is there."""
-    if not Path(text).name or not Path(text).parent.is_dir():
+    if not Path(text).name or not Path(text).parent.is_dir() or Path(text).is_dir():
         raise ArgumentTypeError(f"{text} is no file in a folder that is there: create the folder, "
                                 "or name another")
     return text
 
 
 def picture(text):
-    """An argparse type: the name of a picture to write, in a format that Pillow knows."""
-    if Path(text).suffix.lower() not in Image.registered_extensions():
+    """An argparse type: the name of a picture to write."""
+    if Path(text).suffix.lower() not in PICTURES:
         raise ArgumentTypeError(f"{text} does not end as pictures do: name it, for one, .png")
     return output(text)
 

@@ -345,3 +345,5 @@ def test_ignored_labels_are_left_out_of_the_loss_the_choice_of_epoch_and_the_sco
     assert [label["label"] for label in scores["classes"]] == [1]
     said = refused(capsys, train, *flags, tmp_path / "none", "--ignore-index", 3)
     assert "--ignore-index 3: bcss has no such label" in said
+    said = refused(capsys, train, *flags, tmp_path / "none", "--ignore-index", 0, 1, 2)
+    assert "--ignore-index 0 1 2: leaves no label to score" in said

@@ -279,6 +279,9 @@ def test_tiles_other_than_those_of_the_training_are_refused(whole, capsys, monke
     monkeypatch.setattr(evaluation, "load", lambda *_: fewer)
     line = refused(capsys, evaluation, whole.out / "best.pt", "--data-root", "elsewhere")
     assert "other tiles than elsewhere" in line and str(whole.out / "best.pt") in line
+    scaled = data.Tiles(**vars(tiles) | {"info": tiles.info | {"scale": 2.0}})
+    monkeypatch.setattr(evaluation, "load", lambda *_: scaled)
+    assert "at --scale 0.896, but" in refused(capsys, evaluation, whole.out / "best.pt")
 
 
 def test_a_network_of_other_classes_or_unknown_data_is_refused(whole, tmp_path, capsys,
@@ -327,11 +330,15 @@ def test_no_network_gets_an_empty_batch_where_processes_outnumber_tiles():
     (["--json", "no/folder/scores.json"], "no/folder/scores.json is no file in a folder that is"),
     (["--curves", "no/folder/curves.png"], "no/folder/curves.png is no file in a folder that is"),
     (["--figure", "figure.txt"], "figure.txt does not end as pictures do"),
+    (["--curves", "curves.psd"], "curves.psd does not end as pictures do"),
+    (["--json", ".."], ".. is no file in a folder that is there"),
+    (["--ensemble"], "two of these have the same: name each once"),
     (["--batch-size", "0"], "0 is not a number above 0"), (["--device", "abacus"], "abacus")])
 def test_impossible_flags_are_refused_by_name(whole, capsys, tmp_path, monkeypatch, flags,
                                                   message):
     monkeypatch.chdir(tmp_path)
-    assert message in refused(capsys, evaluation, whole.out / "best.pt", *flags)
+    best = whole.out / "best.pt"
+    assert message in refused(capsys, evaluation, best, *[best] * ("--ensemble" in flags), *flags)
     assert not [*tmp_path.iterdir()]
 
 

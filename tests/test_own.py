@@ -1,6 +1,7 @@
 """Data sets of one's own: folders of images and masks, to tiles, scores and predictions."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -134,6 +135,25 @@ def test_a_file_that_was_written_anew_is_read_again_when_preparation_goes_on(tmp
         prepare(folder, tmp_path)
     bad.write_bytes(whole)
     Image.fromarray(1 - np.asarray(Image.open(done))).save(done)
+    tiles = prepare(folder, tmp_path)
+    assert (tiles.masks[0].numpy() == np.asarray(Image.open(done))[:224, :224]).all()
+
+
+def test_a_file_that_an_older_one_replaced_is_read_again_when_preparation_goes_on(tmp_path,
+                                                                                 monkeypatch):
+    def stop_at_the_last(image_path, *args, **options):
+        if image_path.stem == "image-9":  # the last by name, in the second chunk of tiles
+            raise KeyboardInterrupt
+        return read_own(image_path, *args, **options)
+
+    folder, read_own = write_set(tmp_path / "raw", 65, (0, 1), size=(225, 225)), raw.read_own
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(raw, "read_own", stop_at_the_last)
+        prepare(folder, tmp_path)
+    done = folder / "masks/image-0.png"
+    Image.fromarray(1 - np.asarray(Image.open(done))).save(tmp_path / "older.png")
+    os.utime(tmp_path / "older.png", (0, 0))
+    (tmp_path / "older.png").replace(done)
     tiles = prepare(folder, tmp_path)
     assert (tiles.masks[0].numpy() == np.asarray(Image.open(done))[:224, :224]).all()
 

@@ -64,6 +64,14 @@ def test_without_a_data_set_it_says_what_it_takes(reproduce, tmp_path):
     assert "./reproduce.sh monuseg " in done.stdout and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("flags", [["--jobs", "0"], ["--jobs"], ["--jobs", "x"], ["--seeds"]])
+def test_flags_that_would_train_nothing_are_refused(reproduce, tmp_path, flags):
+    done = subprocess.run(["bash", "reproduce.sh", "monuseg", *flags], cwd=tmp_path, text=True,
+                          capture_output=True)
+    assert done.returncode == 2 and done.stderr.startswith("reproduce.sh: give --jobs a number")
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
 def test_nothing_is_left_among_the_temporary_files(reproduce, tmp_path):
     (tmp_path / "temporary").mkdir()
     reproduce("monuseg", "--skips", "conv", status=1, TMPDIR=str(tmp_path / "temporary"))

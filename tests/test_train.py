@@ -32,6 +32,7 @@ from torch import nn
 
 import data
 import eval as evaluation
+import losses
 import train
 import utils
 from losses import loss_for
@@ -261,6 +262,21 @@ def test_a_longer_run_that_is_killed_before_its_test_is_not_taken_for_finished(t
     assert epochs() == 1  # the scores of before are not lost
     fit(tmp_path / "run", "--epochs", "2", "--resume")
     assert epochs() == 2
+
+
+def test_scores_that_an_earlier_run_left_in_the_folder_are_not_taken_for_this_ones(tmp_path,
+                                                                                 monkeypatch):
+    def crash(*args):
+        raise KeyboardInterrupt
+
+    other = fit(tmp_path / "run", "--epochs", "1", "--seed", "1")
+    for name in "last.pt", "best.pt", "log.csv":
+        (tmp_path / "run" / name).unlink()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "test", crash)
+        fit(tmp_path / "run", "--epochs", "1")
+    score = fit(tmp_path / "run", "--epochs", "1", "--resume")
+    assert read_scores(tmp_path / "run")["args"]["seed"] == 0 and score != other
 
 
 def test_two_runs_in_one_folder_at_once_are_refused(start, tmp_path, capsys):
@@ -508,6 +524,19 @@ def other_tiles_on_rank_1():
             "rows": [(f"other {row[0]}", *row[1:]) for row in made_up_tiles().rows]})
 
 
+def nan_and_a_fast_clock_on_rank_1():
+    losses.loss_for = lambda *_: lambda logits, masks: math.nan * logits.mean(dim=(1, 2, 3))
+    normalize, clock = data.normalize, time.time
+    data.normalize = lambda images: time.sleep(0.2) or normalize(images)
+    if os.environ["RANK"] == "1":
+        time.time = lambda: 3 * clock()
+
+
+def test_a_loss_that_is_not_finite_is_told_whichever_process_would_see_it_first(start_pair):
+    pair = start_pair("run", before=nan_and_a_fast_clock_on_rank_1)
+    assert "the loss is nan in epoch 1" in pair[0].said(".err")
+
+
 def test_nodes_with_different_tiles_are_refused(start_pair):
     pair = start_pair("run", before=other_tiles_on_rank_1)
     assert [process.exitcode for process in pair] == [2, 2]
@@ -635,8 +664,9 @@ def test_resume_refuses_other_tiles(whole, capsys, monkeypatch):
     monkeypatch.setattr(train, "load", lambda *_: tiles)
     assert "other tiles" in refused(capsys, whole.out, "--resume")
     tiles = made_up_tiles()
-    tiles.info = tiles.info | {"classes": ["one", "two", "three"]}
-    assert "other classes" in refused(capsys, whole.out, "--resume")
+    for change in {"classes": ["one", "two", "three"]}, {"classes": ["other"]}, {"scale": 2.0}:
+        tiles.info = made_up_tiles().info | change
+        assert "other classes or another scale" in refused(capsys, whole.out, "--resume")
 
 
 def test_a_validation_loss_that_is_not_a_number_stops_a_run(tmp_path, capsys, monkeypatch):

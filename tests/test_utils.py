@@ -71,6 +71,19 @@ def test_a_pipe_that_a_link_of_the_system_names_is_written_to():
     os.close(reader), os.close(writer)
 
 
+def test_what_a_file_behind_standard_output_held_before_stays(tmp_path):
+    script = """import sys; sys.path.insert(0, sys.argv[1]); from utils import write_atomic
+print("a table")
+with write_atomic("/dev/stdout") as file:
+    file.write(b"[]")
+print(" and more")"""
+    (tmp_path / "all.txt").write_text("before\n")
+    with open(tmp_path / "all.txt", "a") as output:
+        subprocess.run([sys.executable, "-c", script, ROOT], stdout=output, check=True)
+    assert (tmp_path / "all.txt").read_text() == "before\na table\n[] and more\n"
+    assert [*tmp_path.iterdir()] == [tmp_path / "all.txt"]
+
+
 def leave_if_locked(folder):
     """The body of a process."""
     try:
@@ -86,6 +99,12 @@ def test_a_disk_without_locks_can_be_written_to(tmp_path, monkeypatch, code):
         raise OSError(code, "refused")
     monkeypatch.setattr(utils.fcntl, "lockf", refuse)
     utils.lock_folder(tmp_path / "run").close()
+
+
+@pytest.mark.parametrize("value, missing", [({"a": None, "b": 1.0}, None), ({"b": 1.0}, "a"),
+                                            ({"a": 1.0}, "b"), ([], "content")])
+def test_a_name_must_be_there_even_if_its_value_may_be_none(value, missing):
+    assert utils.first_mismatch(value, {"a": float | None, "b": float}) == missing
 
 
 def test_a_folder_is_locked_against_other_processes_until_the_lock_is_closed(tmp_path):
