@@ -227,13 +227,29 @@ def mean_and_error(values):
     return f"{100 * statistics.mean(values):+.2f}{error} (n = {len(values)})"
 
 
-def scores_by_image(result):
-    """{test image: mean IoU of its tiles}; tiles without a class have none."""
+def tiles_by_image(result):
+    """{test image: IoUs of its tiles}; tiles without a class have none."""
     tiles = {}
     for image, iou in zip(result["images"], result["tiles"]):
         if iou is not None:
             tiles.setdefault(image, []).append(iou)
-    return {image: statistics.mean(ious) for image, ious in tiles.items()}
+    return tiles
+
+
+def scores_by_image(result):
+    return {image: statistics.mean(ious) for image, ious in tiles_by_image(result).items()}
+
+
+def error_over_images(result):
+    """Standard error of a run's IoU per tile, 0..1, were its test images others; None for one.
+
+    Tiles of one image are alike, so what scatters independently is an image's sum of deviations.
+    """
+    mean, images = result["per_tile"]["iou"], tiles_by_image(result).values()
+    if len(images) < 2:
+        return None
+    squares = sum(sum(iou - mean for iou in ious)**2 for ious in images)
+    return math.sqrt(squares * len(images) / (len(images) - 1)) / sum(map(len, images))
 
 
 def skip_differences(results):
@@ -409,9 +425,11 @@ def commands(results):
         machines.setdefault(f"{result['device']}, torch {result['torch']}", []).append(
             [f"`{command}`",
              ", ".join(map(percent, result["per_tile"].values())),
+             percent(error_over_images(result)),
              ", ".join(map(percent, result["global"].values())), result["epoch"],
              f"{result['seconds'][-1] / 60:.1f} min", result["recipe_version"]])
-    titles = ["Command", "IoU, F1 per tile", "global", "Best epoch", "Training", "Recipe"]
+    titles = ["Command", "IoU, F1 per tile", "Error over images", "global", "Best epoch",
+              "Training", "Recipe"]
     return "\n\n".join(f"On {one_cell(machine)}:\n\n{markdown(titles, rows)}"
                        for machine, rows in machines.items())
 

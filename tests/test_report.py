@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 import re
 
 import pytest
@@ -196,12 +197,24 @@ def test_every_run_is_told_by_the_command_that_repeats_it():
         assert start == "python"
         again = vars(train.parse_args(flags.split()))
         assert {name: again[name] for name in ARGS} == result["args"]
-        assert row == [f"{100 * result['per_tile']['iou']:.2f}, 50.00", "40.00, 60.00", "2",
+        iou, error = result["per_tile"]["iou"], report.error_over_images(result)
+        assert row == [f"{100 * iou:.2f}, 50.00", f"{100 * error:.2f}", "40.00, 60.00", "2",
                        "3.0 min", str(RECIPE_VERSION)]
     (told, *_), = cells(report.commands([RUNS[0] | {"processes": 8}]))
     assert told.startswith("`torchrun --nproc-per-node 8 train.py --model unet ")
     (told, *_), = cells(report.commands([MIXED[7]]))
     assert told.endswith(" --weights a/file.pth`")
+
+
+def test_the_error_over_images_counts_an_images_tiles_together():
+    def error(*tiles, images="AABB"):
+        return report.error_over_images({"images": [*images], "tiles": [*tiles],
+                                         "per_tile": {"iou": sum(tiles) / len(tiles)}})
+
+    assert error(0.4, 0.6, 0.4, 0.6) == pytest.approx(0)  # images alike, whatever their tiles
+    assert error(0.4, 0.4, 0.6, 0.6) == pytest.approx(0.1)  # that of the two means 0.4 and 0.6
+    assert error(0.4, 0.4, 0.6, 0.6, images="ABCD") == pytest.approx(0.1 / math.sqrt(3))
+    assert error(0.4, 0.6, images="AA") is None
 
 
 def test_what_a_run_was_made_on_is_said_once():
@@ -309,7 +322,7 @@ def test_texts_out_of_a_file_cannot_break_the_page(tmp_path):
     assert page.startswith("Mine.\n\n<!-- commands -->\nOn a\\|b &lt;!-- end")
     assert page.endswith(" |\n<!-- end -->\n\nMine too.\n") and page.count("<!--") == 2
     lines = page.splitlines()[5:-3]
-    assert {line.replace("\\|", "").count("|") for line in lines} == {7} and len(lines) == 3
+    assert {line.replace("\\|", "").count("|") for line in lines} == {8} and len(lines) == 3
     assert report_on(tmp_path, runs) == page
 
 
