@@ -345,11 +345,12 @@ def main(args):
             for path in checkpoints if args.curves}
 
     if args.ensemble:
+        ensemble = build_ensemble(checkpoints)
         if len({one["args"]["seed"] for one in checkpoints.values()}) < len(args.checkpoints):
             raise ValueError("--ensemble is of runs that differ in their seed, and two of these "
                              "have the same: name each once")
         path, checkpoint = next(iter(checkpoints.items()))
-        results = [score(build_ensemble(checkpoints), checkpoint, path, device, args)
+        results = [score(ensemble, checkpoint, path, device, args)
                    | {"ensemble": [*args.checkpoints]}]
     else:
         results = [score(build_model(checkpoint, path), checkpoint, path, device, args)
