@@ -25,11 +25,12 @@ LINES = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159,
          (85, 68, 85))  # any two differ by at least 16, as above
 
 
-def outline(mask):
-    """Border pixels of each region of one label, inside the region: mask (H, W) -> bool (H, W)."""
+def outline(mask, width=1):
+    """Border of each region of one label, `width` pixels inside it: mask (H, W) -> bool (H, W)."""
     padded = np.pad(mask, 1, mode="edge")
     neighbours = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
-    return np.any([mask != neighbour for neighbour in neighbours], axis=0) & (mask > 0)
+    border = np.any([mask != neighbour for neighbour in neighbours], axis=0) & (mask > 0)
+    return border if width == 1 else border | outline(np.where(border, 0, mask), width - 1)
 
 
 # -----------------------------------------------------------------------------
@@ -189,7 +190,8 @@ def draw_figure(titles, rows, names):
                         "white")
     draw = ImageDraw.Draw(picture)
     for column, title in enumerate(["image", "ground truth", *titles]):
-        draw.text((10 + cell * column + side / 2, 20), title, "black", font, anchor="mm")
+        draw.text((10 + cell * column + side / 2, 20), title, "black", font, anchor="mm",
+                  align="center")
     for row, (caption, image, mask, predictions, captions) in enumerate(rows):
         y = 40 + (cell + line) * row
         panels = [image, *(paint(labels, mask, len(names)) for labels in [mask, *predictions])]
@@ -226,7 +228,8 @@ def draw_preview(rows, names):
                         "white")
     for row, (images, masks) in enumerate(rows):
         for column, (image, mask) in enumerate(zip(images, masks)):
-            tile = np.where(outline(mask)[..., None], colours[mask], image)
+            border = outline(mask, 1 if len(names) == 1 else 3)
+            tile = np.where(border[..., None], colours[mask], image)
             picture.paste(Image.fromarray(tile), (column * width, row * height))
     draw_key(ImageDraw.Draw(picture), legend, bottom, per_line)
     return picture

@@ -186,9 +186,7 @@ def write_overlay(path, image, mask, num_classes):
     labels, palette = np.asarray(mask), palette_for(num_classes)
     for top in range(0, image.height, 1024):  # in strips, to save memory, that share 6 rows
         strip = labels[top:top + 1030]
-        border = outline(strip)
-        for _ in range(0 if num_classes == 1 else 2):
-            border |= outline(np.where(border, 0, strip))
+        border = outline(strip, 1 if num_classes == 1 else 3)
         image.paste(Image.fromarray(palette[strip]), (0, top), Image.fromarray(border))
     with write_atomic(path) as file:
         image.save(file, pnginfo=MARK)

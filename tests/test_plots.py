@@ -148,9 +148,9 @@ def test_a_preview_outlines_masks_and_leaves_its_images_as_they_were():
 
 def test_a_preview_of_several_classes_outlines_each_in_the_colour_that_its_key_names():
     images, masks = np.full((1, 40, 230, 3), 90, np.uint8), np.zeros((1, 40, 230), np.uint8)
-    masks[0, 2:6, 2:6], masks[0, 2:6, 6:10] = 1, 2
+    masks[0, 2:12, 2:12], masks[0, 2:12, 12:22] = 1, 2
     sheet = np.asarray(draw_preview([(images, masks)], ["ground", "one", "two", "absent"]))
     of_label = [(sheet == PALETTE[label]).all(axis=2) for label in range(4)]
-    assert of_label[1][2:6, 2:6].sum() == of_label[2][2:6, 6:10].sum() == 12
+    assert of_label[1][2:12, 2:12].sum() == of_label[2][2:12, 12:22].sum() == 100 - 4 * 4
     assert of_label[1][44:].sum() > 100 < of_label[2][44:].sum()  # squares below the tile
     assert not of_label[3].any()
