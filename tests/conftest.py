@@ -144,7 +144,7 @@ NOT_CHECKPOINTS = {  # (path to write, a run's folder) -> None
     "args a list": edited(lambda checkpoint: checkpoint.update(args=[1])),
     "width a text": edited(lambda checkpoint: checkpoint["args"].update(width="wide")),
     "width giant": edited(lambda checkpoint: checkpoint["args"].update(width=10**9)),
-    "network unknown": edited(lambda checkpoint: checkpoint["args"].update(model="transformer")),
+    "network unknown": edited(lambda checkpoint: checkpoint["args"].update(model="no network")),
     "log of texts": edited(lambda checkpoint: checkpoint.update(log=["epoch 1"])),
     "weights no tensors": edited(lambda checkpoint: checkpoint["model"].update({"head.bias": 1})),
     "classes a float": edited(lambda checkpoint: checkpoint.update(num_classes=1.0))}

@@ -376,6 +376,16 @@ def test_a_figure_shows_what_each_network_is_scored_for_from_the_worst_tile_to_t
     assert sums == sorted(sums)
 
 
+def test_a_figure_shows_the_tiles_that_are_asked_for_in_their_order(whole, capsys, tmp_path,
+                                                                    monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluation, "draw_figure", lambda titles, rows, names:
+                        drawn.extend(row[0] for row in rows) or Image.new("L", (1, 1)))
+    names = ["{}/{}/{}".format(*made_up_tiles().rows[i]) for i in reversed(PARTS["test"])]
+    evaluated(capsys, whole.out / "best.pt", "--figure", tmp_path / "f.png", "--tiles", *names)
+    assert drawn == names
+
+
 @pytest.mark.parametrize("scores", [[0.9, 0.2], [0.2, 0.9], [0.9, None]])
 def test_a_figure_goes_from_the_worst_tile_to_the_best(whole, tmp_path, monkeypatch, scores):
     path = whole.out / "best.pt"

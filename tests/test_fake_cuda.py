@@ -15,7 +15,7 @@ import data
 from eval import confusion_matrices, evaluate
 from losses import loss_for
 from models import MODELS, SKIPS, create_model
-from utils import to_device
+from utils import autocast, to_device
 
 
 @pytest.fixture(autouse=True)
@@ -99,3 +99,10 @@ def test_only_copies_to_cuda_are_not_waited_for(device):
     tensor = SimpleNamespace(to=lambda device, non_blocking: non_blocking)
     for name in device, torch.device(device):
         assert to_device(tensor, name) == (device == "cuda")
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize("supported, dtype", [(True, torch.bfloat16), (False, torch.float16)])
+def test_cards_without_bfloat16_compute_in_float16(monkeypatch, supported, dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: supported)
+    assert autocast(torch.device("cuda")).fast_dtype == dtype

@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from conftest import refused
 from PIL import Image
 
@@ -311,4 +310,3 @@ def test_a_set_json_that_is_not_as_it_should_be_is_named(tmp_path, capsys, chang
 def test_a_set_that_is_not_prepared_says_how(tmp_path, capsys):
     line = refused(capsys, train, "--data", "mine", "--data-root", tmp_path)
     assert "data.py prepare mine --from DIR" in line
-    assert torch.is_tensor(data.load("synthetic", tmp_path).images)

@@ -144,12 +144,16 @@ def test_batch_size_changes_nothing():
     assert {len(batch) for batch in network.shown} == {1, 4}  # a row has nine tiles
 
 
-def test_by_default_batches_are_of_one_large_tile_or_of_eight_small_ones():
+def test_by_default_batches_are_of_one_large_tile_or_of_eight_small_ones(use, tmp_path):
     unet, swin = redness(like="unet"), redness(like="swin_unet")
     for network in unet, swin:
         blend(network, noise(1200, 10))  # two large tiles, or ten small ones
     assert [len(batch) for batch in unet.shown] == [1, 1]
     assert [len(batch) for batch in swin.shown] == [8, 2]
+    noise(200, 20).save(tmp_path / "a.png")
+    network = redness()
+    use(network, tmp_path / "a.png", "--batch-size", "3")
+    assert [len(batch) for batch in network.shown] == [3, 3]  # in place of six
 
 
 def test_memory_does_not_grow_with_the_height():
@@ -386,8 +390,7 @@ def bomb(path):
         for kind, body in chunks))
 
 
-def test_a_bad_image_is_named_and_the_others_are_done(script, tmp_path):
-    save_network(tmp_path / "best.pt", "unet")
+def test_a_bad_image_is_named_and_the_others_are_done(use, tmp_path, capsys, out):
     noise(130, 70).save(tmp_path / "a.png")
     noise(90, 100).save(tmp_path / "z.png")
     content = (tmp_path / "z.png").read_bytes()
@@ -396,14 +399,14 @@ def test_a_bad_image_is_named_and_the_others_are_done(script, tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     bomb(tmp_path / "bomb.png")
     bad = ["cut.png", "exif.png", "pipe.png", "bomb.png", "absent.png"]
-    done = script("predict.py", "best.pt", "a.png", *bad, "z.png", "--out", "o")
-    *lines, last = done.stderr.splitlines()
-    assert done.returncode == 2 and "5 of 7 images could not be used" in last
+    with pytest.raises(ValueError, match="5 of 7 images could not be used"):
+        use(redness(), *(tmp_path / name for name in ("a.png", *bad, "z.png")))
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
     assert len(lines) == 5 and all(name in line for name, line in zip(bad, lines))
     assert "exceeds limit" in lines[3]  # before any memory was asked for
-    assert "a: 130 x 70, " in done.stdout and "z: 90 x 100, " in done.stdout
-    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == [
-        "a_mask.png", "a_overlay.png", "z_mask.png", "z_overlay.png"]
+    assert "a: 130 x 70, " in said.out and "z: 90 x 100, " in said.out
+    assert sorted(out()) == ["a_mask.png", "a_overlay.png", "z_mask.png", "z_overlay.png"]
 
 
 @pytest.mark.parametrize("error", [MemoryError("100 GB"), RuntimeError("CUDA out of memory")])

@@ -100,7 +100,8 @@ def test_two_at_once_do_not_unpack_into_each_other(place, words):
     (place.raw / "bcss").mkdir(parents=True)
     with subprocess.Popen(["flock", place.raw / "bcss", "sleep", "99"],
                           start_new_session=True) as other:
-        time.sleep(0.5)
+        while not subprocess.run(["flock", "-n", place.raw / "bcss", "true"]).returncode:
+            time.sleep(0.01)
         assert "another prepare_data.sh is at work in" in place.run("bcss512", *words, status=2)
         os.killpg(other.pid, signal.SIGKILL)
     assert not [*(place.raw / "bcss").iterdir()]

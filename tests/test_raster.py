@@ -1,6 +1,7 @@
 """data.py prepare monuseg --raster exact: nuclei as the pixels whose centre is in a polygon."""
 
 import re
+from functools import cache
 
 import numpy as np
 import pytest
@@ -81,11 +82,17 @@ def test_two_points_and_polygons_outside_are_treated_alike(tmp_path, capsys):
 # Real annotations
 
 
+@cache
+def rasters(path):
+    """A real annotation -> its masks, {raster: image}."""
+    return {raster: read_polygons(path, (1000, 1000), raster) for raster in ("exact", "paper")}
+
+
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_real_masks_are_smaller_than_the_papers_by_their_outlines(shared, part):
     paths = [path for path in sorted((shared / "monuseg").rglob("*.xml"))
              if (path.stem in MONUSEG_TEST) == (part == "test")][::4]
-    exact, paper = (np.stack([read_polygons(path, (1000, 1000), raster) for path in paths])
+    exact, paper = (np.stack([rasters(path)[raster] for path in paths])
                     for raster in ("exact", "paper"))
     both = (exact & paper).sum()
     assert 0.93 < 2 * both / (exact.sum() + paper.sum()) < 0.96
@@ -176,11 +183,9 @@ def test_thinner_masks_are_nearly_the_exact_ones():
 
 def test_thinner_real_masks_are_nearly_the_exact_ones(shared):
     paths = sorted((shared / "monuseg/MoNuSeg 2018 Training Data").rglob("*.xml"))[::4]
-    masks = {raster: [read_polygons(path, (1000, 1000), raster) for path in paths]
-             for raster in ("exact", "paper")}
-    exact, nearest = (np.stack([mask.resize((896, 896), Image.Resampling.NEAREST)
-                                for mask in masks[raster]]) for raster in ("exact", "paper"))
-    thinner = np.stack([resize_thinner(np.asarray(mask), 896) for mask in masks["paper"]])
+    exact, nearest = (np.stack([rasters(path)[raster].resize((896, 896), Image.Resampling.NEAREST)
+                                for path in paths]) for raster in ("exact", "paper"))
+    thinner = np.stack([resize_thinner(np.asarray(rasters(path)["paper"]), 896) for path in paths])
     assert nearest.sum() > 1.08 * exact.sum() and abs(thinner.sum() / exact.sum() - 1) < 0.02
     assert (thinner != exact).sum() < 0.85 * (nearest != exact).sum()
 

@@ -100,8 +100,10 @@ def test_fusion_rounds_bring_every_level_to_every_level():
         assert all((y - x).abs().max() > 1e-4 for y, x in zip(skip(changed), before))
 
 
+@pytest.mark.usefixtures("tiny_set")
 def test_fusion_u_net_of_an_odd_width_is_refused(tmp_path, capsys):
-    line = refused(capsys, train, "--skip", "fusionunet", "--width", "3", "--out", tmp_path / "run")
+    line = refused(capsys, train, *arguments(tmp_path / "run", "--skip", "fusionunet", "--width",
+                                             "3"))
     assert "not 3 6 12 24: give an even --width" in line and not (tmp_path / "run").exists()
 
 

@@ -94,7 +94,8 @@ def test_an_interruption_ends_all_of_it(reproduce, tmp_path, what, told):
         env=os.environ | {"PYTHON": sys.executable},  # pytest may run in the background, deaf to it
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     alive = tmp_path / "alive.txt"
-    while not alive.exists() or len(set(alive.read_text().split())) < 2:
+    while script.poll() is None and (
+            not alive.exists() or len(set(alive.read_text().split())) < 2):
         time.sleep(0.05)
     (os.killpg if what == "of the terminal" else os.kill)(script.pid, told)
     assert script.wait(30) != 0

@@ -192,6 +192,8 @@ def test_the_strong_recipe_takes_its_values_where_no_flag_says_otherwise(strong)
     assert args.out.name == ("synthetic-unet-standard-strong-lossbce-scheduleconstant-"
                              "weightdecay0.0-ema0.0-windows0.0-stain0.5-seed0")
     assert RECIPES["bcss strong"].get("loss") is None  # cross-entropy + Dice, as the paper
+    args = train.parse_args("--recipe strong --data monuseg --split official".split())
+    assert (args.epochs, args.batch_size, args.width) == (200, 8, 64)
 
 
 def test_the_average_follows_the_weights_more_slowly_and_is_what_gets_scored(strong, root):
@@ -246,14 +248,17 @@ def test_whole_images_are_scored_beside_tiles_and_on_other_masks(strong, root, c
     assert "per whole image" in out and "whole images" in out
 
 
-def test_a_perfect_network_scores_one_on_whole_images(wholes, monkeypatch):
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_a_perfect_network_scores_one_on_whole_images(wholes, num_classes):
     class Perfect(torch.nn.Module):
         max_side, side_multiple = None, 16
 
         def forward(self, images):
-            return images[:, :1] * data.IMAGENET_STD[0] + data.IMAGENET_MEAN[0] - 128.5 / 255
+            x = images[:, :1] * data.IMAGENET_STD[0] + data.IMAGENET_MEAN[0] - 128.5 / 255
+            return x if num_classes == 1 else torch.cat((-x, x, x - 1), dim=1)
 
-    confusions = evaluation.evaluate_whole(Perfect(), *wholes, 1, torch.device("cpu"), True)
+    confusions = evaluation.evaluate_whole(Perfect(), *wholes, num_classes, torch.device("cpu"),
+                                           True)
     metrics = evaluation.compute_metrics(confusions)
     assert len(confusions) == 6 and metrics["global"]["f1"] == 1
 
@@ -266,7 +271,11 @@ def test_an_ensemble_takes_the_mean_of_the_logits(strong, root, tmp_path, capsys
     both = evaluation.Ensemble(models)(images)
     torch.testing.assert_close(both, (models[0](images) + models[1](images)) / 2)
     result, = evaluation.main(evaluation.parse_args([*map(str, paths), "--ensemble", "--whole"]))
+    capsys.readouterr()
     alone = evaluation.main(evaluation.parse_args([*map(str, paths), "--whole"]))
+    ious, out = [100 * one["whole"]["iou"] for one in alone], capsys.readouterr().out
+    assert "| mIoU whole images | F1 whole images |" in out
+    assert f"| {sum(ious) / 2:.2f} ± {abs(ious[0] - ious[1]) / 2**0.5:.2f} |" in out
     assert result["ensemble"] == [*map(str, paths)] and len(alone) == 2
     assert result["whole"]["iou"] not in [one["whole"]["iou"] for one in alone]
     one = torch.load(paths[0])
