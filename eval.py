@@ -26,11 +26,11 @@ from torch import nn
 import related  # noqa: F401, its skips and networks join SKIPS and MODELS
 from data import (cut, fingerprint, get_batch, load, normalize, set_of, split_tiles,
                   whole_images)
-from losses import loss_for, recipe_overrides
+from losses import loss_for
 from models import build_model
 from plots import draw_curves, draw_figure
 from predict import predict_bands
-from report import AVERAGES, flag, percent, table_2
+from report import AVERAGES, flags, percent, table_2
 from utils import (LOG, autocast, first_mismatch, load_checkpoint, number, output, pick_device,
                    picture, print_progress, run_cli, write_atomic)
 
@@ -239,13 +239,12 @@ def score(model, checkpoint, path, device, options):
 
 def titles(results):
     """A title for each network of a figure: what it is, and the flags that not all of them have."""
-    overrides = [recipe_overrides(result["args"]) | {"seed": result["args"]["seed"]}
-                 for result in results]
-    shared = set.intersection(*(set(flags.items()) for flags in overrides))
+    told = [f" {flags(result)} --seed {result['args']['seed']}".split(" --")[1:]
+            for result in results]
+    shared = set.intersection(*map(set, told))
     names = ["{model}, {skip}".format(**result["args"]) for result in results]
-    others = [" ".join(flag(*item) for item in flags.items() if item not in shared)
-              for flags in overrides]
-    return [f"{name}\n{flags}".strip() for name, flags in zip(names, others)]
+    others = [" ".join(f"--{flag}" for flag in own if flag not in shared) for own in told]
+    return [f"{name}\n{own}".strip() for name, own in zip(names, others)]
 
 
 def figure(checkpoints, results, options):

@@ -354,8 +354,8 @@ def load_encoder(encoder, path=None):
     own = {name.removeprefix("encoder."): tensor for name, tensor in tensors.items()
            if name.startswith("encoder.")}
     tensors = own or tensors
-    # Microsoft's file counts a patch merging to the stage before it, where timm counts it to the
-    # stage behind, and keeps buffers that timm computes.
+    # Microsoft's file counts a patch merging to the stage before it, timm to the stage after it. It
+    # also keeps buffers that timm computes.
     if "layers.0.downsample.reduction.weight" in tensors:
         tensors = {re.sub(r"layers\.(\d)\.downsample",
                           lambda match: f"layers.{int(match[1]) + 1}.downsample", name): tensor

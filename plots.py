@@ -6,6 +6,7 @@ All functions take plain numbers and arrays and return a Pillow image.
 import itertools
 import math
 import statistics
+import textwrap
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -185,15 +186,18 @@ def draw_figure(titles, rows, names):
         legend = [(names[label], tuple(PALETTE[label].tolist())) for label in shown]
     width = (len(titles) + 2) * cell + 10
     per_line = max(1, width // 190)
-    bottom = 40 + (cell + line) * len(rows)
+    titles = ["\n".join(part for words in title.splitlines() for part in textwrap.wrap(words, 28))
+              for title in ["image", "ground truth", *titles]]
+    head = 22 + 18 * max(title.count("\n") + 1 for title in titles)
+    bottom = head + (cell + line) * len(rows)
     picture = Image.new("RGB", (width, bottom + line * math.ceil(len(legend) / per_line) + 10),
                         "white")
     draw = ImageDraw.Draw(picture)
-    for column, title in enumerate(["image", "ground truth", *titles]):
-        draw.text((10 + cell * column + side / 2, 20), title, "black", font, anchor="mm",
+    for column, title in enumerate(titles):
+        draw.text((10 + cell * column + side / 2, head / 2), title, "black", font, anchor="mm",
                   align="center")
     for row, (caption, image, mask, predictions, captions) in enumerate(rows):
-        y = 40 + (cell + line) * row
+        y = head + (cell + line) * row
         panels = [image, *(paint(labels, mask, len(names)) for labels in [mask, *predictions])]
         for column, (panel, text) in enumerate(zip(panels, [caption, "", *captions])):
             picture.paste(Image.fromarray(panel), (10 + cell * column, y))

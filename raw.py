@@ -446,14 +446,13 @@ def own_classes(masks, names):
         return names or ["foreground"]
     if highest == 0:
         raise ValueError(f"{first[0]}: holds 0 alone, as all masks do: mark what is to be found")
-    if names:
-        raise ValueError(f"{found}, but masks of one class hold two values, 0 and another, and "
-                         f"these hold {', '.join(map(str, labels[:9]))}: name all classes")
     if highest >= len(PALETTE):
-        raise ValueError(f"{found}, and the masks hold {', '.join(map(str, labels[:9]))}, but they "
-                         f"should hold two values, or classes from 0 to at most "
+        raise ValueError(f"{found}, but masks hold two values, or classes from 0 to at most "
                          f"{len(PALETTE) - 1}: replace grey levels by these (and resize masks by "
                          "nearest pixels)")
+    if names:
+        raise ValueError(f"{found}, but masks of one class hold two values, 0 and another, and "
+                         f"these hold {', '.join(map(str, labels))}: name all classes")
     if highest >= len(labels):
         raise ValueError(f"{found}, but the masks hold only {', '.join(map(str, labels))}: number "
                          "classes from 0 without gaps, or name all with --classes")

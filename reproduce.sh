@@ -4,7 +4,7 @@
 #   ./reproduce.sh monuseg                                 both networks, three skips, seeds 0 1 2
 #   ./reproduce.sh monuseg --skips conv fusion --seeds 0   some of them
 #   ./reproduce.sh monuseg --models unet --width 16        other flags go to train.py
-#   ./reproduce.sh monuseg --jobs 2                        two at a time (default: one; one a GPU)
+#   ./reproduce.sh monuseg --jobs 2                        two at a time (default: 1, or one a GPU)
 #
 # Start it again after an interruption: what is finished is skipped, the rest resumed, and a run
 # that fails does not stop the others. Each run's output is in runs/*.log, the page in

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import nn
 
 import related  # noqa: F401, its skips and networks join SKIPS and MODELS
-from data import (COLOURS, SPLITS, WARPS, fingerprint, load, normalize, read_info, split_tiles,
-                  train_batches, whole_images)
+from data import (COLOURS, SPLITS, WARPS, fingerprint, load, normalize, read_info, set_of,
+                  split_tiles, train_batches, whole_images)
 from eval import compute_metrics, evaluate, metrics_table
 from losses import (COMMON, LOSSES, RECIPE_VERSION, SCHEDULES, loss_for, recipe_for,
                     recipe_overrides)
@@ -426,9 +426,9 @@ def read_last(path, run, optimizer):
         raise ValueError(f"{path}: was trained by version {checkpoint['recipe_version']} of the "
                          f"recipe, and this is version {RECIPE_VERSION}: start anew, in another "
                          "--out")
-    known = checkpoint.get("set", run["set"])  # older ones do not tell
-    if (any(checkpoint[name] != run[name] for name in ("split", "num_classes")) or
-            any(known.get(name) != run["set"][name] for name in ("classes", "scale"))):
+    known = set_of(checkpoint, path)
+    if (checkpoint["split"] != run["split"] or
+            any(known[name] != run["set"][name] for name in ("classes", "scale"))):
         raise ValueError(f"{path}: was trained on other tiles, or with other classes or another "
                          "scale: prepare the same images again, with the same flags")
     if run["args"]["epochs"] * num_steps < checkpoint["step"]:

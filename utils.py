@@ -32,7 +32,8 @@ def write_atomic(path):
 
     It is written beside that name, flushed and renamed. Raises OSError naming it if that fails; an
     earlier file of that name is then untouched. Links stay links. Devices are written to directly,
-    and so is /dev/stdout, whatever it is: a file there may hold what others wrote before.
+    and so is /dev/stdout, whatever it is: a file there may hold what others wrote before. (An error
+    there names no file.)
     """
     if str(path) == "/dev/stdout":
         print(end="", flush=True)
@@ -191,8 +192,8 @@ PICTURES = (".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff", ".gif", ".bmp", "
 def output(text):
     """An argparse type: the name of a file to write, whose folder is there."""
     if not Path(text).name or not Path(text).parent.is_dir() or Path(text).is_dir():
-        raise ArgumentTypeError(f"{text} is no file in a folder that is there: create the folder, "
-                                "or name another")
+        raise ArgumentTypeError(f"{text} is no file in a folder that is there: name a file, in a "
+                                "folder that is there")
     return text
 
 
@@ -281,7 +282,7 @@ def autocast(device, bf16=False):
 
 
 def to_device(tensor, device):
-    """Copy to `device`; on CUDA without waiting, for which MPS would need the source kept."""
+    """Copy to `device`, on CUDA without waiting. (MPS could read memory that is free by then.)"""
     return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
 

@@ -376,6 +376,19 @@ def test_a_figure_shows_what_each_network_is_scored_for_from_the_worst_tile_to_t
     assert sums == sorted(sums)
 
 
+def test_titles_of_a_figure_tell_its_networks_apart():
+    def result(*words):
+        args = train.parse_args(["--data", "monuseg", *words])
+        return {"args": vars(args), "weights": "from scratch"}
+
+    assert evaluation.titles([result(), result("--recipe", "strong", "--windows", "0"),
+                              result("--loss", "dice", "--seed", "1")]) == [
+        "unet, standard\n--seed 0", "unet, standard\n--recipe strong --windows 0 --seed 0",
+        "unet, standard\n--loss dice --seed 1"]
+    assert evaluation.titles([result(), result("--skip", "conv")]) == [
+        "unet, standard", "unet, conv"]
+
+
 def test_a_figure_shows_the_tiles_that_are_asked_for_in_their_order(whole, capsys, tmp_path,
                                                                     monkeypatch):
     drawn = []

@@ -144,12 +144,15 @@ def test_batch_size_changes_nothing():
     assert {len(batch) for batch in network.shown} == {1, 4}  # a row has nine tiles
 
 
-def test_by_default_batches_are_of_one_large_tile_or_of_eight_small_ones(use, tmp_path):
+def test_by_default_batches_are_of_one_large_tile_or_of_eight_small_ones():
     unet, swin = redness(like="unet"), redness(like="swin_unet")
     for network in unet, swin:
         blend(network, noise(1200, 10))  # two large tiles, or ten small ones
     assert [len(batch) for batch in unet.shown] == [1, 1]
     assert [len(batch) for batch in swin.shown] == [8, 2]
+
+
+def test_batches_are_as_large_as_the_flag_says(use, tmp_path):
     noise(200, 20).save(tmp_path / "a.png")
     network = redness()
     use(network, tmp_path / "a.png", "--batch-size", "3")

@@ -509,8 +509,12 @@ def test_two_nodes_need_no_common_disk(start_pair, tmp_path):
         assert [process.exitcode for process in pair] == [0, 0], pair[1].said(".err")
     assert len(json.loads((nodes[0] / "run/scores.json").read_text())["log"]) == 2
     assert not list(nodes[1].iterdir())
-    # Both validated the network of rank 0, whose BatchNorm statistics are those of its own share.
-    last = load(nodes[0] / "run/last.pt")
+
+
+def test_all_processes_validate_the_network_of_rank_0(start_pair, tmp_path):
+    """On CPUs each has BatchNorm statistics of its own share."""
+    start_pair(tmp_path / "run", "--epochs", "1")
+    last = load(tmp_path / "run/last.pt")
     _, validated = evaluation.evaluate(build_model(last, ""), made_up_tiles(), PARTS["val"],
                                        loss_for(1), torch.device("cpu"), 2)
     assert last["log"][-1]["val_loss"] == pytest.approx(validated.mean().item(), rel=1e-5)
@@ -808,11 +812,16 @@ def test_an_average_starts_from_the_pretrained_weights(tmp_path, monkeypatch):
     assert scored is not model and (scored.head.weight == 3).all()
     args.no_pretrained = True
     assert train.resume(args, {}, model, scored, optimizer, scaler) == {}
+
+
+def test_resume_refuses_other_pretrained_weights(monkeypatch):
     monkeypatch.setattr(train, "read_last", lambda *_: {"weights": "encoder weights from a.pth"})
+    args = train.parse_args(["--data", "synthetic", "--width", "2"])
+    parts = train.build_training(args, 1, torch.device("cpu"))
     for weights, no_pretrained in ("other.pth", False), (None, True):
         args.weights, args.no_pretrained = weights, no_pretrained
         with pytest.raises(ValueError, match="started with encoder weights from a.pth, not"):
-            train.resume(args, {}, model, scored, optimizer, scaler)
+            train.resume(args, {}, *parts)
 
 
 def test_the_network_is_trained_on_what_augmentation_gives_normalised(tmp_path, monkeypatch, seen):
