@@ -13,6 +13,7 @@ from PIL import Image
 
 import data
 import eval as evaluation
+import train
 from eval import compute_metrics, confusion_matrices, evaluate, logits_to_labels
 from losses import loss_for
 from models import build_model
