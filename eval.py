@@ -54,6 +54,11 @@ def confusion_matrices(logits, masks):
     return counts.scatter_add_(1, cells, torch.ones_like(cells)).view(n, k, k)
 
 
+def scored_labels(k, ignore=()):
+    """Those of k labels that are scored -> list; of two, label 1 alone, the foreground."""
+    return [label for label in range(k) if label not in ignore and (k > 2 or label == 1)]
+
+
 def compute_metrics(confusions, ignore=()):
     """IoU, F1, precision and recall from confusion matrices (N, K, K) -> nested dict (paper 2.5).
 
@@ -67,7 +72,7 @@ def compute_metrics(confusions, ignore=()):
     counts = confusions.cpu().double()  # MPS has no float64
     k = counts.shape[1]
     counts[:, list(ignore)] = 0
-    scored = [label for label in range(k) if label not in ignore and (k > 2 or label == 1)]
+    scored = scored_labels(k, ignore)
 
     def divide(counts):  # (..., K, K) -> each (..., K); 0/0 is nan
         hit = counts.diagonal(dim1=-2, dim2=-1)
@@ -179,10 +184,11 @@ def open_data(checkpoint, path, data_root, data=None):
     known = set_of(checkpoint, path)
     if known["classes"] != tiles.info["classes"]:
         raise ValueError(f"{path}: knows the classes {', '.join(known['classes'])}, but {data} was "
-                         f"prepared with {', '.join(tiles.info['classes'])}")
+                         f"prepared with {', '.join(tiles.info['classes'])}: prepare it again, "
+                         "with the same --classes")
     if known["scale"] != tiles.info["scale"]:
         raise ValueError(f"{path}: was trained at --scale {known['scale']:g}, but {data} was "
-                         f"prepared with {tiles.info['scale']:g}")
+                         f"prepared with {tiles.info['scale']:g}: prepare it again, as before")
     return tiles, parts
 
 
@@ -239,11 +245,10 @@ def score(model, checkpoint, path, device, options):
 
 def titles(results):
     """A title for each network of a figure: what it is, and the flags that not all of them have."""
-    told = [f" {flags(result)} --seed {result['args']['seed']}".split(" --")[1:]
-            for result in results]
+    told = [[*flags(result), f"--seed {result['args']['seed']}"] for result in results]
     shared = set.intersection(*map(set, told))
     names = ["{model}, {skip}".format(**result["args"]) for result in results]
-    others = [" ".join(f"--{flag}" for flag in own if flag not in shared) for own in told]
+    others = [" ".join(flag for flag in own if flag not in shared) for own in told]
     return [f"{name}\n{own}".strip() for name, own in zip(names, others)]
 
 

@@ -208,10 +208,11 @@ def draw_figure(titles, rows, names):
 
 def draw_key(draw, legend, top, per_line):
     """Draw a square of each colour with its name, `per_line` of them in a line of 22 pixels."""
+    font = ImageFont.load_default(size=14)
     for i, (name, colour) in enumerate(legend):
         x, y = 10 + 190 * (i % per_line), top + 22 * (i // per_line)
         draw.rectangle((x, y, x + 14, y + 14), colour, "black")
-        draw.text((x + 20, y - 1), name, "black", ImageFont.load_default(size=14))
+        draw.text((x + 20, y - 1), name, "black", font)
 
 
 def draw_preview(rows, names):

@@ -110,7 +110,7 @@ def check_scores(result, path):
 
 
 def flags(result):
-    """The flags of train.py by which a run differs from the paper's; empty where it does not."""
+    """The flags of train.py by which a run differs from the paper's -> list, one text for each."""
     args = result["args"]
     words = ["--recipe strong"] if args.get("recipe", "").endswith(" strong") else []
     words += [flag(name, value) for name, value in recipe_overrides(args).items()]
@@ -120,7 +120,7 @@ def flags(result):
             words.append("--no-pretrained")
         elif not origin.startswith(("hub ", "https:")):  # where they come from by default
             words.append(f"--weights {origin}")
-    return " ".join(words)
+    return words
 
 
 def flag(name, value):
@@ -133,7 +133,7 @@ def label(result):
     """What runs that are averaged have in common, beside data, split and skip."""
     version = result["recipe_version"]
     older = "" if version == RECIPE_VERSION else f" (recipe {version or 'unknown'})"
-    return f"{result['args']['model']} {flags(result)}".strip() + older
+    return " ".join([result["args"]["model"], *flags(result)]) + older
 
 
 def group_by(results, key):
@@ -241,9 +241,10 @@ def scores_by_image(result):
 
 
 def error_over_images(result):
-    """Standard error of a run's IoU per tile, 0..1, were its test images others; None for one.
+    """Standard error of a run's IoU per tile over the choice of its test images -> 0..1.
 
     Tiles of one image are alike, so what scatters independently is an image's sum of deviations.
+    None if there is only one image.
     """
     mean, images = result["per_tile"]["iou"], tiles_by_image(result).values()
     if len(images) < 2:
@@ -421,7 +422,7 @@ def commands(results):
         start = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
         names = " ".join(f"--{name} {args[name]}"
                          for name in ("model", "skip", "data", "split", "seed"))
-        command = f"{start} train.py {names} {flags(result)}".strip()
+        command = " ".join([start, "train.py", names, *flags(result)])
         machines.setdefault(f"{result['device']}, torch {result['torch']}", []).append(
             [f"`{command}`",
              ", ".join(map(percent, result["per_tile"].values())),

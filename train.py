@@ -24,7 +24,7 @@ from torch import nn
 import related  # noqa: F401, its skips and networks join SKIPS and MODELS
 from data import (COLOURS, SPLITS, WARPS, fingerprint, load, normalize, read_info, set_of,
                   split_tiles, train_batches, whole_images)
-from eval import compute_metrics, evaluate, metrics_table
+from eval import compute_metrics, evaluate, metrics_table, scored_labels
 from losses import (COMMON, LOSSES, RECIPE_VERSION, SCHEDULES, loss_for, recipe_for,
                     recipe_overrides)
 from models import MODELS, MOST_SKIP_DEPTH, SKIPS, build_model, create_model
@@ -295,7 +295,7 @@ def open_data(args, device, world_size):
     if any(num_classes == 1 or not 0 <= label < num_classes for label in args.ignore_index):
         raise ValueError(f"--ignore-index {' '.join(map(str, args.ignore_index))}: {args.data} has "
                          "no such label to ignore")
-    if {*args.ignore_index} >= ({1} if num_classes <= 2 else {*range(num_classes)}):
+    if not scored_labels(max(2, num_classes), args.ignore_index):
         raise ValueError(f"--ignore-index {' '.join(map(str, args.ignore_index))}: leaves no label "
                          "to score")
     if world_size > 1:

@@ -36,7 +36,7 @@ def write_atomic(path):
     there names no file.)
     """
     if str(path) == "/dev/stdout":
-        print(end="", flush=True)
+        print(end="", flush=True)  # what was printed comes first
         with open(os.dup(1), "wb") as file:
             yield file
         return

@@ -137,6 +137,18 @@ def test_a_figure_holds_every_tile_beside_all_predictions():
     assert {FOUND, MISSED, FALSE_ALARM} <= colours_of(drawn[40 + 2 * 64:])
 
 
+def test_a_long_title_stays_above_its_own_column():
+    image, labels = np.zeros((224, 224, 3), np.uint8), np.zeros((224, 224), np.uint8)
+    rows = [("tile", image, labels, [labels, labels], ["IoU 1", "IoU 2"])]
+    long = "unet, standard\n--recipe strong --schedule constant --batch-size 16 --windows 0.25"
+    short, drawn = (draw_figure(titles, rows, ["nucleus"])
+                    for titles in (["one", "two"], [long, "two"]))
+    head = np.asarray(drawn)[:drawn.height - short.height + 40]
+    for column in range(4):  # ten pixels between a column and the next
+        assert (head[:, 10 + 234 * column + 224:10 + 234 * (column + 1)] == 255).all()
+    assert (head[:, 478:702] < 128).any(axis=(1, 2)).sum() > 3 * 8  # three lines at least
+
+
 def test_a_preview_outlines_masks_and_leaves_its_images_as_they_were():
     images, masks = np.full((3, 8, 8, 3), 90, np.uint8), np.zeros((3, 8, 8), np.uint8)
     masks[1, 2:6, 2:6] = 1
