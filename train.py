@@ -168,7 +168,7 @@ def main(args):
     Raises ValueError or OSError for what the user can mend; last.pt then has the last good state.
     """
     device = pick_device(args.device)
-    rank, world_size = setup_processes()
+    rank, world_size = setup_processes(device)
     tiles, parts, wholes = open_data(args, device, world_size)
     num_classes = len(tiles.info["classes"])
     loss_fn = loss_for(num_classes, args.ignore_index, args.loss)

@@ -291,11 +291,14 @@ def to_device(tensor, device):
 # and sends the others what they need: nodes do not share a disk.
 
 
-def setup_processes():
-    """Join torchrun's processes, if there are any -> rank of this one, how many there are."""
+def setup_processes(device):
+    """Join torchrun's processes, if there are any -> rank of this one, how many there are.
+
+    They talk by NCCL on CUDA devices, which are then one for each, and by gloo on any other.
+    """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
-        dist.init_process_group()
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
     return rank, world_size

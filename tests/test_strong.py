@@ -207,7 +207,7 @@ def test_the_average_follows_the_weights_more_slowly_and_is_what_gets_scored(str
     assert average.weight.item() == pytest.approx(expected)
     last = load(strong[0] / "last.pt")
     assert not torch.equal(last["model"]["head.weight"], last["trained"]["head.weight"])
-    result, = evaluation.main(evaluation.parse_args([f"{strong[0]}/best.pt"]))
+    result, = evaluation.main(evaluation.parse_args([f"{strong[0]}/best.pt", "--device", "cpu"]))
     assert result["per_tile"]["iou"] == strong[1]
 
 

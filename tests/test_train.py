@@ -751,7 +751,7 @@ def test_swin_unet_starts_from_a_file_and_goes_on_without_it(tmp_path, monkeypat
     path = tmp_path / "encoder.pth"
     torch.save(create_model("swin_unet", "standard", 1).encoder.state_dict(), path)
     flags = ["--model", "swin_unet", "--batch-size", "4", "--epochs", "1", "--lr", "1e-9",
-             "--weights", str(path), "--out", str(tmp_path / "run")]
+             "--weights", str(path), "--out", str(tmp_path / "run"), "--device", "cpu"]
     score = train.main(train.parse_args(flags))
     assert str(path) in capsys.readouterr().out
     stored, given = load(tmp_path / "run/last.pt"), torch.load(path)

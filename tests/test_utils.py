@@ -300,10 +300,20 @@ def test_without_a_name_there_is_always_a_device():
     assert pick_device().type in utils.device_name(pick_device()) or torch.cuda.is_available()
 
 
+@pytest.mark.parametrize("device, backend", [("cpu", "gloo"), ("cuda:0", "nccl")])
+def test_several_processes_talk_by_what_their_device_has(device, backend, monkeypatch):
+    asked = []
+    monkeypatch.setattr("torch.distributed.init_process_group", asked.append)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert setup_processes(torch.device(device)) == (0, 2)
+    assert asked == [backend]  # on a machine with CUDA devices, too, which no CPU run may need
+
+
 def test_one_process_is_rank_0_and_does_what_rank_0_does(monkeypatch):
     for name in "RANK", "WORLD_SIZE":
         monkeypatch.delenv(name, raising=False)
-    assert setup_processes() == (0, 1)
+    assert setup_processes(torch.device("cpu")) == (0, 1)
     assert on_rank_0(math.gcd, 12, 18) == 6
     with pytest.raises(ValueError, match="mended"):
         on_rank_0(raise_, ValueError("to be mended"))
