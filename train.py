@@ -39,6 +39,8 @@ from utils import (ARGS, CHECKPOINT, autocast, device_name, leave_processes, loa
 # an encoder's weights came from, which "weights" tells there.
 RECORDED = (*ARGS, "recipe", *COMMON)
 
+SHORT = 30  # seconds after a save: an epoch that ends within is not saved, unless it is the best
+
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
@@ -242,14 +244,14 @@ def main(args):
         if not last_of_epoch:
             continue
 
-        # Validate; write all that it takes to go on, the log, and the best epoch's weights.
-        row = {"epoch": epoch, "train_loss": losses.mean().item(),
-               **validate(args, epoch, scored, tiles, parts["val"], loss_fn, device, rank,
-                          world_size)}
+        # Validate; write what it takes to go on (see SHORT), the log, and the best epoch's weights.
+        row = {"epoch": epoch, "train_loss": losses.mean().item()} | validate(
+            args, epoch, scored, tiles, parts["val"], loss_fn, device, rank, world_size)
         log.append(row)
         run["seconds"].append(time.time() - clock)
-        save_last(epoch, place)
-        saved = time.time()
+        if is_best(log) or run["step"] == total or rank == 0 and time.time() - saved > SHORT:
+            save_last(epoch, place)
+            saved = time.time()
         if rank == 0:
             finish_epoch(args.out, log, save)
         print_progress(f"epoch {epoch}/{args.epochs}: train loss {row['train_loss']:.4f}, val "
@@ -500,8 +502,13 @@ def finish_epoch(folder, log, save):
         file.write(("\n".join(lines) + "\n").encode())
     with write_atomic(folder / "curves.png") as file:
         draw_curves({folder.name: [log]}).save(file)
-    if log[-1]["val_iou_per_tile"] == max(row["val_iou_per_tile"] for row in log):
+    if is_best(log):
         save("best.pt")
+
+
+def is_best(log):
+    """Whether no epoch has a better validation IoU than the last."""
+    return log[-1]["val_iou_per_tile"] == max(row["val_iou_per_tile"] for row in log)
 
 
 def test(args, run, tiles, indices, loss_fn, device, rank, world_size):

@@ -408,6 +408,37 @@ def test_last_pt_is_written_every_five_minutes_and_after_every_epoch(tmp_path, m
     assert [step for name, step in saved if name == "last.pt"] == [3, 5, 8, 10]
 
 
+@pytest.mark.parametrize("seconds, expected", [(1, [5, 10, 25]), (40, [5, 10, 15, 20, 25])])
+def test_a_short_epoch_is_saved_if_it_is_the_best_or_the_last(tmp_path, monkeypatch, seconds,
+                                                              expected):
+    def validate(*args):  # each epoch takes so many seconds
+        clock.append(clock[-1] + seconds)
+        iou = (0.2, 0.4, 0.3, 0.3, 0.1)[args[1] - 1]
+        return original(*args) | {"val_iou_per_tile": iou}
+
+    def save(path, checkpoint):
+        saved.append((path.name, checkpoint["step"]))
+        utils.save_checkpoint(path, checkpoint)
+
+    clock, saved, original = [0.0], [], train.validate
+    monkeypatch.setattr(train, "validate", validate)
+    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: clock[-1]))
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    fit(tmp_path / "whole", "--epochs", "5")
+    assert [step for name, step in saved if name == "last.pt"] == expected
+    assert [step for name, step in saved if name == "best.pt"] == [5, 10]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_before_batch(patch, 22)  # in the last epoch
+        fit(tmp_path / "run", "--epochs", "5")
+    assert load(tmp_path / "run/last.pt")["step"] == expected[-2]
+    assert len(read_log(tmp_path / "run")) == 4
+    fit(tmp_path / "run", "--epochs", "5", "--resume")
+    assert same(load(tmp_path / "run/last.pt")["model"], load(tmp_path / "whole/last.pt")["model"])
+    assert load(tmp_path / "run/best.pt")["step"] == 10
+    assert read_log(tmp_path / "run") == read_log(tmp_path / "whole")
+
+
 def test_a_run_whose_data_moved_goes_on_from_where_they_are_now(tiny_set, tmp_path):
     fit(tmp_path, "--epochs", "1", "--data-root", "before")
     fit(tmp_path, "--epochs", "2", "--data-root", "after", "--resume")
