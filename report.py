@@ -16,6 +16,8 @@ import re
 import statistics
 from pathlib import Path
 
+import numpy as np
+
 import related  # noqa: F401, its skips and networks join SKIPS and MODELS
 from data import SET_NAME, SPLITS
 from losses import RECIPE_VERSION, RECIPE_VERSIONS, RECIPES, recipe_overrides
@@ -278,23 +280,36 @@ def skip_differences(results):
                                  "different test images: leave out those of other prepared data")
             over_images = [statistics.mean(one[image] - two[image] for one, two in scores)
                            for image in scores[0][0]]
-            deviations, needed, model = "-", "-", group[0]["args"]["model"]
+            deviations, interval, needed = "-", "-", "-"
             if len(pairs) > 1:
                 deviations = " / ".join(
                     f"{100 * statistics.stdev(result['per_tile']['iou'] for result in column):.2f}"
                     for column in zip(*pairs))
             if len(pairs) > 2:  # two hardly tell how much differences scatter
-                needed = pairs_needed(over_seeds)
+                interval, needed = confidence_interval(over_seeds), pairs_needed(over_seeds)
+            model = group[0]["args"]["model"]
             papers = [PAPER[data, model, which][0] for which in (skip, first)
                       if (data, model, which) in PAPER]
             paper = f"{papers[0] - papers[1]:+.2f}" if len(papers) == 2 else "-"
             tables.setdefault(len(pairs), []).append([
                 f"{data}, {split}", name, f"{skip} - {first}", mean_and_error(over_seeds),
-                mean_and_error(over_images), deviations, needed, paper])
-    titles = ["Data, split", "Model", "Skips", "Difference over seeds", "over test images",
-              "Deviation between seeds", "Seeds to see 1 point", "The paper's difference"]
+                interval, mean_and_error(over_images), deviations, needed, paper])
+    titles = ["Data, split", "Model", "Skips", "Difference over seeds", "at 95 %",
+              "over test images", "Deviation between seeds", "Seeds to see 1 point",
+              "The paper's difference"]
     return "\n\n".join(f"**{n} seed{'s' if n > 1 else ''}**\n\n{markdown(titles, rows)}"
                        for n, rows in sorted(tables.items(), reverse=True))
+
+
+def confidence_interval(differences):
+    """Where the mean of further differences lies at 95 %, by Student's t -> text, in points."""
+    # With t = sqrt(df) tan(a), the density of t becomes cos(a)^(df - 1), up to a factor.
+    df = len(differences) - 1
+    angles = (np.arange(100_000) + 0.5) / 100_000 * math.pi / 2
+    below = (np.cos(angles)**(df - 1)).cumsum()
+    t = math.sqrt(df) * math.tan(angles[np.searchsorted(below, 0.95 * below[-1])])
+    mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(df + 1)
+    return f"{100 * (mean - t * error):+.2f} to {100 * (mean + t * error):+.2f}"
 
 
 def pairs_needed(differences):

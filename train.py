@@ -108,7 +108,7 @@ def parse_args(argv=None):
                         "CPU, too: it may pay on one with instructions for it (avx512_bf16, amx) "
                         "and is far slower on others; CUDA always trains in half precision")
     parser.add_argument("--compile", action="store_true",
-                        help="torch.compile the network: pays on a GPU, hardly on a CPU")
+                        help="torch.compile the network (it has not paid where we timed it)")
     parser.add_argument("--checkpointing", action="store_true",
                         help="recompute the U-Net's largest feature maps: half the memory, more "
                         "time (other networks do not)")
