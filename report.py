@@ -10,6 +10,7 @@ picture for every data set, split and network.
 """
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -301,24 +302,33 @@ def skip_differences(results):
                        for n, rows in sorted(tables.items(), reverse=True))
 
 
-def confidence_interval(differences):
-    """Where the mean of further differences lies at 95 %, by Student's t -> text, in points."""
-    # With t = sqrt(df) tan(a), the density of t becomes cos(a)^(df - 1), up to a factor.
-    df = len(differences) - 1
+def t_bound(df, share):
+    """The number that |t| stays below with this probability, t Student's with `df` degrees.
+
+    With t = sqrt(df) tan(a), the density of t becomes cos(a)^(df - 1), up to a factor.
+    """
     angles = (np.arange(100_000) + 0.5) / 100_000 * math.pi / 2
     below = (np.cos(angles)**(df - 1)).cumsum()
-    t = math.sqrt(df) * math.tan(angles[np.searchsorted(below, 0.95 * below[-1])])
-    mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(df + 1)
-    return f"{100 * (mean - t * error):+.2f} to {100 * (mean + t * error):+.2f}"
+    return math.sqrt(df) * math.tan(angles[np.searchsorted(below, share * below[-1])])
+
+
+def confidence_interval(differences):
+    """Where their true mean lies at 95 % -> text, in points."""
+    n, mean = len(differences), statistics.mean(differences)
+    half = t_bound(n - 1, 0.95) * statistics.stdev(differences) / math.sqrt(n)
+    return f"{100 * (mean - half):+.2f} to {100 * (mean + half):+.2f}"
 
 
 def pairs_needed(differences):
     """In how many pairs of runs a true difference of 1 point would pass a test, given the spread.
 
-    Two-sided at 5 %, in four of five cases: ((1.96 + 0.84) deviations of a pair / 1 point)^2, and
-    1.96^2 / 2 pairs more, as Student's t takes more than the normal distribution.
+    Two-sided at 5 %, in four of five cases: the point must be as many standard errors as t exceeds
+    in one of forty cases, and as many more as it exceeds in one of five.
     """
-    return math.ceil((1.96 + 0.84)**2 * 100**2 * statistics.variance(differences) + 1.96**2 / 2)
+    deviation = 100 * statistics.stdev(differences)
+    fewest = max(2, int((2.8 * deviation)**2))  # 2.8 is what both come to with very many pairs
+    return next(n for n in itertools.count(fewest)
+                if n >= ((t_bound(n - 1, 0.95) + t_bound(n - 1, 0.6)) * deviation)**2)
 
 
 def one_flag_more(results):
