@@ -252,6 +252,10 @@ def pick_device(name=None):
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # each of torchrun's processes has a card
+        processes, cards = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if 0 < cards < processes:  # found by the first process, too, which alone speaks
+            raise ValueError(f"{processes} processes, but {cards} GPU{'s' if cards > 1 else ''}: "
+                             f"give torchrun --nproc-per-node {cards}, or train.py --device cpu")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.empty(0, device=name).device

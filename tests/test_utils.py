@@ -294,6 +294,14 @@ def test_a_device_that_does_not_work_here_is_named(name):
         pick_device(name)
 
 
+def test_more_processes_than_cards_are_refused_by_the_one_that_speaks(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(ValueError, match="2 processes, but 1 GPU: .* --nproc-per-node 1, or"):
+        pick_device("cuda")
+
+
 def test_without_a_name_there_is_always_a_device():
     assert pick_device("cpu") == torch.device("cpu")
     assert pick_device().type in ("cuda", "mps", "cpu")
