@@ -302,14 +302,20 @@ def skip_differences(results):
                        for n, rows in sorted(tables.items(), reverse=True))
 
 
-def t_bound(df, share):
-    """The number that |t| stays below with this probability, t Student's with `df` degrees.
+def student_t(df):
+    """The distribution of Student's t -> angles, 0 to pi / 2, probability to stay below each.
 
-    With t = sqrt(df) tan(a), the density of t becomes cos(a)^(df - 1), up to a factor.
+    |t| is sqrt(df) tan(angle): so its density becomes cos(angle)^(df - 1), up to a factor.
     """
-    angles = (np.arange(100_000) + 0.5) / 100_000 * math.pi / 2
-    below = (np.cos(angles)**(df - 1)).cumsum()
-    return math.sqrt(df) * math.tan(angles[np.searchsorted(below, share * below[-1])])
+    angles = np.linspace(0, math.pi / 2, 100_001)
+    below = (np.cos((angles[1:] + angles[:-1]) / 2)**(df - 1)).cumsum()
+    return angles, np.concatenate(([0], below / below[-1]))
+
+
+def t_bound(df, share):
+    """The number that |t| stays below with this probability."""
+    angles, below = student_t(df)
+    return math.sqrt(df) * math.tan(np.interp(share, below, angles))
 
 
 def confidence_interval(differences):

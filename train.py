@@ -39,7 +39,8 @@ from utils import (ARGS, CHECKPOINT, autocast, device_name, leave_processes, loa
 # an encoder's weights came from, which "weights" tells there.
 RECORDED = (*ARGS, "recipe", *COMMON)
 
-SHORT = 30  # seconds after a save: an epoch that ends within is not saved, unless it is the best
+# Seconds: an epoch that ends so soon after a save is not saved, unless it is the best or the last.
+SAVE_GAP = 30
 
 
 def parse_args(argv=None):
@@ -244,12 +245,12 @@ def main(args):
         if not last_of_epoch:
             continue
 
-        # Validate; write what it takes to go on (see SHORT), the log, and the best epoch's weights.
+        # Validate; write what it takes to go on (see SAVE_GAP), the log, the best epoch's weights.
         row = {"epoch": epoch, "train_loss": losses.mean().item()} | validate(
             args, epoch, scored, tiles, parts["val"], loss_fn, device, rank, world_size)
         log.append(row)
         run["seconds"].append(time.time() - clock)
-        if is_best(log) or run["step"] == total or rank == 0 and time.time() - saved > SHORT:
+        if is_best(log) or run["step"] == total or rank == 0 and time.time() - saved > SAVE_GAP:
             save_last(epoch, place)
             saved = time.time()
         if rank == 0:

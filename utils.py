@@ -247,7 +247,10 @@ def first_line(error):
 
 
 def pick_device(name=None):
-    """The device called `name`, or the best there is: CUDA, Apple's MPS, the CPU."""
+    """The device called `name`, or the best there is: CUDA, Apple's MPS, the CPU.
+
+    Raises ValueError if it does not work here, or has fewer cards than torchrun has processes.
+    """
     if name is None:
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")

@@ -391,42 +391,43 @@ def test_resume_equals_uninterrupted_run(whole, tmp_path, monkeypatch, flags, ba
     assert_same_run(out, whole.out)
 
 
-def test_last_pt_is_written_every_five_minutes_and_after_every_epoch(tmp_path, monkeypatch):
+@pytest.fixture
+def made_up_time(monkeypatch):
+    """train.py's clock, a list that ends in the time, and {file: steps at which it was saved}."""
+    def save(path, checkpoint):
+        saved[path.name].append(checkpoint["step"])
+        utils.save_checkpoint(path, checkpoint)
+
+    clock, saved = [0.0], {"last.pt": [], "best.pt": []}
+    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: clock[-1]))
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    return clock, saved
+
+
+def test_last_pt_is_written_every_five_minutes_and_after_every_epoch(tmp_path, monkeypatch,
+                                                                     made_up_time):
     def augment(*args):  # each batch takes two minutes
         clock.append(clock[-1] + 120)
         return original(*args)
 
-    def save(path, checkpoint):
-        saved.append((path.name, checkpoint["step"]))
-        utils.save_checkpoint(path, checkpoint)
-
-    clock, saved, original = [0.0], [], data.augment
+    (clock, saved), original = made_up_time, data.augment
     monkeypatch.setattr(data, "augment", augment)
-    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: clock[-1]))
-    monkeypatch.setattr(train, "save_checkpoint", save)
     fit(tmp_path, "--epochs", "2")
-    assert [step for name, step in saved if name == "last.pt"] == [3, 5, 8, 10]
+    assert saved["last.pt"] == [3, 5, 8, 10]
 
 
 @pytest.mark.parametrize("seconds, expected", [(1, [5, 10, 25]), (40, [5, 10, 15, 20, 25])])
-def test_a_short_epoch_is_saved_if_it_is_the_best_or_the_last(tmp_path, monkeypatch, seconds,
-                                                              expected):
+def test_a_short_epoch_is_saved_if_it_is_the_best_or_the_last(tmp_path, monkeypatch, made_up_time,
+                                                              seconds, expected):
     def validate(*args):  # each epoch takes so many seconds
         clock.append(clock[-1] + seconds)
         iou = (0.2, 0.4, 0.3, 0.3, 0.1)[args[1] - 1]
         return original(*args) | {"val_iou_per_tile": iou}
 
-    def save(path, checkpoint):
-        saved.append((path.name, checkpoint["step"]))
-        utils.save_checkpoint(path, checkpoint)
-
-    clock, saved, original = [0.0], [], train.validate
+    (clock, saved), original = made_up_time, train.validate
     monkeypatch.setattr(train, "validate", validate)
-    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: clock[-1]))
-    monkeypatch.setattr(train, "save_checkpoint", save)
     fit(tmp_path / "whole", "--epochs", "5")
-    assert [step for name, step in saved if name == "last.pt"] == expected
-    assert [step for name, step in saved if name == "best.pt"] == [5, 10]
+    assert saved == {"last.pt": expected, "best.pt": [5, 10]}
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_before_batch(patch, 22)  # in the last epoch

@@ -315,7 +315,7 @@ def test_several_processes_talk_by_what_their_device_has(device, backend, monkey
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert setup_processes(torch.device(device)) == (0, 2)
-    assert asked == [backend]  # on a machine with CUDA devices, too, which no CPU run may need
+    assert asked == [backend]  # gloo on a CPU even where there are GPUs, which PyTorch would prefer
 
 
 def test_one_process_is_rank_0_and_does_what_rank_0_does(monkeypatch):
