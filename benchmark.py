@@ -25,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from data import (BRIGHTNESS, CHANCE, augment, draw_augmentation, generator, get_batch,
-                  normalize, synthetic)
+from data import (BRIGHTNESS, CHANCE, augment, draw_augmentation, get_batch, normalize,
+                  seeded_generator, synthetic)
 from losses import loss_for
 from models import MODELS, SKIPS, FusionSkip, create_model, resize
 from raw import TILE
@@ -84,8 +84,9 @@ def build_step(args, model, skip, images, masks, device, naive=False):
     if naive:
         torch.manual_seed(0)
         network = create_model(model, skip, 1, args.width).to(device)
-        if skip == "fusion":
-            network.skip.__class__ = NaiveFusion  # with the very weights that it has
+        for module in network.modules():
+            if type(module) is FusionSkip:
+                module.__class__ = NaiveFusion  # with the very weights that it has
         optimizer = torch.optim.Adam(network.parameters(), 1e-3)
         scaler = torch.amp.GradScaler(enabled=False)
     else:
@@ -178,7 +179,7 @@ def main(args):
     device = pick_device(args.device)
     sizes = args.batch_size or ([8, 50] if device.type == "cuda" else [2])
     rate, tiles = matmul_rate(device), synthetic(max(DATA_TILES, *sizes))
-    indices, rng = torch.arange(DATA_TILES), generator(0)
+    indices, rng = torch.arange(DATA_TILES), seeded_generator(0)
     data = compare(lambda: augment(*get_batch(tiles, indices, device),
                                    draw_augmentation(DATA_TILES, rng)),
                    lambda: naive_batch(tiles, indices, device), DATA_TILES, device, args.repeats)
@@ -216,7 +217,7 @@ def parse_args(argv=None):
                         default=["standard", "conv", "fusion"], help="(default: the paper's three)")
     parser.add_argument("--batch-size", type=number(int), nargs="+", metavar="TILES",
                         help="one or several (default: 8 50 on CUDA, 2 elsewhere)")
-    parser.add_argument("--width", type=number(int, most=1024), default=64,
+    parser.add_argument("--width", type=number(int, maximum=1024), default=64,
                         help="of the U-Net (default: 64)")
     parser.add_argument("--repeats", type=number(int), default=5, help="of each time (default: 5)")
     parser.add_argument("--compile", action="store_true", help="torch.compile ours")

@@ -37,9 +37,9 @@ class Tiles:
 
     images: torch.Tensor  # (n, 224, 224, 3) uint8
     masks: torch.Tensor   # (n, 224, 224) uint8, labels
-    rows: list            # of each tile (source image, row, column, part of the official split)
+    rows: list            # per tile (source image, row, column, part of the official split)
     info: dict            # what is known about the set, as in SETS
-    corners: list = None  # of each tile where it starts in its image, (top, left); None: not noted
+    corners: list = None  # per tile (top, left) in its image, in pixels; None: not recorded
 
 
 def how_to_prepare(data):
@@ -113,7 +113,7 @@ def load(data, root, num_classes=1):
                 for line in lines]
         corners = ([(int(line["top"]), int(line["left"])) for line in lines]
                    if lines and "top" in lines[0] else None)  # older versions did not note them
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise ValueError(f"{folder / 'tiles.csv'}: damaged ({error!r}): {again}") from None
     arrays = []
     for name, shape in ARRAYS.items():
@@ -124,6 +124,8 @@ def load(data, root, num_classes=1):
             raise ValueError(f"{path}: damaged ({error}): {again}") from None
         except OSError as error:  # the system's: the file itself may be sound
             raise OSError(f"{path}: cannot be opened ({error.strerror})") from None
+        if not isinstance(arrays[-1], np.ndarray):
+            raise ValueError(f"{path}: damaged (not a single array): {again}")
         if arrays[-1].shape != (len(rows), *shape) or arrays[-1].dtype != np.uint8:
             raise ValueError(f"{path}: {arrays[-1].dtype} {arrays[-1].shape}, but tiles.csv has "
                              f"{len(rows)} tiles: {again}")
@@ -161,15 +163,19 @@ def split_by_hash(rows, pool, fraction, unit):
 
 
 def split_tiles(data, rows, split):
-    """Tiles of each part -> {"train": indices, "val": indices, "test": indices} (paper 2.3).
+    """Split a set -> {"train": indices, "val": indices, "test": indices}, tensors (paper 2.3).
 
-    tile: the paper's. MoNuSeg: 70/20/10 % of all tiles at random, so that tiles of one image fall
-    on both sides. BCSS: its test tiles have no masks, so 4,021 validation tiles are the test set.
-    BCSS512: 600 training tiles are. image: the same shares of whole images, or regions. official:
-    the parts that the set came in; if it has none for validation (MoNuSeg has none), a fifth of
-    the training images is taken. official-sites: as official, but validation images come from
-    tissue source sites that are not trained on, as MoNuSeg's test images do. official-all: as
-    official, but validation images are trained on, too, for a last run whose flags are settled.
+    tile: the paper's. 70/20/10 % of all tiles at random, so that tiles of one image fall on both
+        sides. BCSS keeps its training tiles; its test tiles have no masks, so 4,021 of its
+        validation tiles are the test set. BCSS512 keeps its validation tiles; 600 of its training
+        tiles are the test set.
+    image: the same shares of whole images (in BCSS and BCSS512, of regions of interest).
+    official: the parts that the set came in. If none of them is for validation, as in MoNuSeg, a
+        fifth of the training images is.
+    official-sites: as official, but validation images come from tissue source sites that are not
+        trained on, as MoNuSeg's test images do.
+    official-all: as official, but validation images are trained on, too, for a last run whose flags
+        are settled.
     Raises ValueError if a part would be empty.
     """
     everything = range(len(rows))
@@ -190,7 +196,7 @@ def split_tiles(data, rows, split):
         if split == "tile":
             train, rest = official["train"], official["val"]
         else:
-            train, rest = split_by_hash(rows, everything, 30760 / 36189, "image")
+            train, rest = split_by_hash(rows, everything, 30760 / 36189, "image")  # as the paper
         test, val = split_by_hash(rows, rest, 4021 / 5429, split)
     else:
         train, rest = split_by_hash(rows, everything, 0.7, split)
@@ -210,8 +216,8 @@ def fingerprint(rows, parts):
 
 
 # -----------------------------------------------------------------------------
-# Whole images: a pixel of one is looked up in the tile that holds it. Training with --windows cuts
-# its tiles out of them anew, anywhere, and eval.py --whole predicts them.
+# Whole images: a pixel of one is looked up in the tile that holds it. Training with --windows takes
+# random crops of them instead of the tiles, and eval.py --whole predicts them.
 
 
 @dataclass
@@ -240,14 +246,14 @@ def whole_images(data, tiles, indices):
     for i in indices.tolist():
         by_image.setdefault(tiles.rows[i][0], []).append(i)
     for name, members in by_image.items():
-        places = {tiles.corners[i]: i for i in members}
-        tops, lefts = (sorted(set(starts)) for starts in zip(*places))
+        tile_at = {tiles.corners[i]: i for i in members}
+        tops, lefts = (sorted(set(starts)) for starts in zip(*tile_at))
         covered = all(starts[0] == 0 and max(np.diff(starts), default=0) <= TILE
                       for starts in (tops, lefts))
-        if not covered or not len(members) == len(places) == len(tops) * len(lefts):
+        if not covered or not len(members) == len(tile_at) == len(tops) * len(lefts):
             raise ValueError(f"{data}: the tiles of {name} do not make up a whole image: give "
                              "--windows 0, or leave out --whole")
-        grid = torch.tensor([[places[top, left] for left in lefts] for top in tops])
+        grid = torch.tensor([[tile_at[top, left] for left in lefts] for top in tops])
         wholes[name] = WholeImage(grid, tops, lefts)
     return wholes
 
@@ -255,9 +261,10 @@ def whole_images(data, tiles, indices):
 def cut(tiles, whole, top, left, height, width):
     """Cut a piece out of a whole image -> image (height, width, 3), mask (height, width), uint8.
 
-    Beyond the border the image continues mirrored, as in `augment`.
+    All in pixels; `top` and `left` may be negative. Beyond the border the image continues mirrored,
+    as in `augment`.
     """
-    def look_up(start, length, starts, size):  # -> which row or column of tiles, and where in it
+    def look_up(start, length, starts, size):  # -> row or column of tiles, pixel within that tile
         positions = torch.arange(start, start + length) % (2 * size)
         positions = torch.minimum(positions, 2 * size - 1 - positions)
         starts = torch.tensor(starts)
@@ -266,17 +273,17 @@ def cut(tiles, whole, top, left, height, width):
 
     row, y = look_up(top, height, whole.tops, whole.size[0])
     column, x = look_up(left, width, whole.lefts, whole.size[1])
-    places = tuple(to_device(place, tiles.images.device)
-                   for place in (whole.grid[row[:, None], column], y[:, None], x))
-    return tiles.images[places], tiles.masks[places]
+    index = tuple(to_device(part, tiles.images.device)
+                  for part in (whole.grid[row[:, None], column], y[:, None], x))
+    return tiles.images[index], tiles.masks[index]
 
 
 # -----------------------------------------------------------------------------
 # Batches
 
 
-def generator(*key):
-    """A random generator for, say, (seed, epoch, step): what it yields depends on nothing else."""
+def seeded_generator(*key):
+    """A torch.Generator seeded by a key such as (seed, epoch, step) and by nothing else."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     # 62 bits, so that torch still takes the seed with a rank added to it.
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 2)
@@ -293,17 +300,18 @@ def read_tiles(tiles, indices, device):
                   tiles, device)
 
 
-def read_windows(tiles, wholes, indices, places, scale, device):
-    """Cut windows out of the whole images of some tiles -> [images, masks] as from `read_tiles`.
+def read_windows(tiles, wholes, indices, positions, scale, device):
+    """Cut windows out of the whole images of some tiles -> [images (n, side, side, 3), masks (n,
+    side, side)], uint8, in pinned memory as by `read_tiles`.
 
-    A piece is (side, side), see `window_side`: it has room around the window to turn and grow.
-    places (n, 2): where windows lie, 0..1 of the way that a tile can move within its image.
+    `side` is `window_side(scale)`: room around a window to rotate and scale it. positions (n, 2),
+    0..1: where windows lie, from the image's first pixel to the last at which a tile can start.
     """
     side, pieces = window_side(scale), []
-    for index, place in zip(indices.tolist(), places.tolist()):
+    for index, position in zip(indices.tolist(), positions.tolist()):
         whole = wholes[tiles.rows[index][0]]
         top, left = (round(share * (size - TILE)) - (side - TILE) // 2
-                     for share, size in zip(place, whole.size))
+                     for share, size in zip(position, whole.size))
         pieces.append(cut(tiles, whole, top, left, side, side))
     return pinned([torch.stack(arrays) for arrays in zip(*pieces)], tiles, device)
 
@@ -326,7 +334,7 @@ def to_batch(arrays, device):
 
 
 def get_batch(tiles, indices, device):
-    """Cut tiles out of the set -> images (n, 3, 224, 224) float 0..1, masks (n, 224, 224) int64."""
+    """Read tiles of the set -> images (n, 3, 224, 224) float 0..1, masks (n, 224, 224) int64."""
     return to_batch(read_tiles(tiles, indices, device), device)
 
 
@@ -350,18 +358,19 @@ def train_batches(tiles, indices, batch_size, seed, first_step, last_step, devic
     `whole_images`), at a scale that varies by up to exp(+-windows). `stain` is how much stains
     vary. 0 leaves either out.
     """
-    # "none" is the name of none of them.
-    names = [*WARPS, *COLOURS] if augmentations == "all" else augmentations.split()
+    names = {"all": [*WARPS, *COLOURS], "none": []}.get(augmentations, augmentations.split())
     num_steps = len(indices) // batch_size  # in an epoch
 
     def fetch(step):
-        epoch, place = divmod(step, num_steps)
-        order = torch.randperm(len(indices), generator=generator(seed, epoch + 1))
-        batch = indices[order[place * batch_size:(place + 1) * batch_size]][rank::world_size]
+        epoch, batch_index = divmod(step, num_steps)
+        order = torch.randperm(len(indices), generator=seeded_generator(seed, epoch + 1))
+        start = batch_index * batch_size
+        batch = indices[order[start:start + batch_size]][rank::world_size]
         if not windows:
             return read_tiles(tiles, batch, device)
-        places = torch.rand(batch_size, 2, generator=generator(seed, epoch + 1, place, "windows"))
-        return read_windows(tiles, wholes, batch, places[rank::world_size], windows, device)
+        rng = seeded_generator(seed, epoch + 1, batch_index, "windows")
+        positions = torch.rand(batch_size, 2, generator=rng)
+        return read_windows(tiles, wholes, batch, positions[rank::world_size], windows, device)
 
     with ThreadPoolExecutor(1) as reader:
         next_batch = reader.submit(fetch, first_step)
@@ -369,8 +378,8 @@ def train_batches(tiles, indices, batch_size, seed, first_step, last_step, devic
             images, masks = to_batch(next_batch.result(), device)
             if step + 1 < last_step:
                 next_batch = reader.submit(fetch, step + 1)
-            epoch, place = divmod(step, num_steps)
-            rng = generator(seed, epoch + 1, place)
+            epoch, batch_index = divmod(step, num_steps)
+            rng = seeded_generator(seed, epoch + 1, batch_index)
             draws = draw_augmentation(batch_size, rng, names, windows, stain)
             torch.manual_seed(rng.initial_seed() + rank)
             yield augment(images, masks, {name: values[rank::world_size]
@@ -406,13 +415,15 @@ def draw_brightness(n, generator):
 
 
 def change_brightness(images, factors):
+    """Multiply each tile by its factor, (n, 1): images (n, 3, H, W), 0..1, are overwritten."""
     return images.mul_(factors[..., None, None]).clamp_(0, 1)
 
 
 def change_stain(images, changes):
-    """Scale and shift the amounts of hematoxylin, of eosin and of what neither explains.
+    """Scale and shift each stain: hematoxylin, eosin and the residual (Ruifrok, 2001).
 
-    images (n, 3, H, W), 0..1; changes (n, 2, 3): factors and shifts, in optical density.
+    images (n, 3, H, W), 0..1, are overwritten; changes (n, 2, 3): factors and shifts of the three,
+    in optical density. Returns images of the same shape. Not in the paper.
     """
     stains = F.normalize(torch.tensor((HEMATOXYLIN, EOSIN)))
     stains = torch.cat((stains, torch.linalg.cross(*stains)[None]))         # (3, 3), one a row
@@ -426,7 +437,7 @@ def change_stain(images, changes):
 
 # All that moves pixels is one look-up, below. A change of colours is two functions: one draws its
 # parameters, (n, generator) -> tensor on the CPU, the other applies them, (images (n, 3, H, W),
-# 0..1, parameters) -> images. One entry adds another.
+# 0..1, which it may overwrite, parameters) -> images. To add one, enter it in COLOURS.
 WARPS = ("flip", "rotation", "grid", "elastic")
 COLOURS = {"brightness": (draw_brightness, change_brightness)}
 
@@ -548,7 +559,7 @@ def parse_args(argv=None):
     command.add_argument("--classes", nargs="+", metavar="NAME", help="for a set of your own, the "
                          "names of its labels 0, 1, ..., or of the one class (default: as the "
                          "masks say)")
-    command.add_argument("--scale", type=number(float, most=100),
+    command.add_argument("--scale", type=number(float, maximum=100),
                          help="for a set of your own, resize images by this factor first "
                               "(default: 1)")
     command.add_argument("--data-root", default="data",
@@ -557,7 +568,8 @@ def parse_args(argv=None):
     command.add_argument("data", help="data set")
     command.add_argument("--out", type=picture, default="preview.png",
                          help="picture to write (default: preview.png)")
-    command.add_argument("--seed", type=int, default=0, help="of the augmentation")
+    command.add_argument("--seed", type=number(int, minimum=0, maximum=2**63 - 1), default=0,
+                         help="of the augmentation (default: 0)")
     command.add_argument("--data-root", default="data",
                          help="folder of the prepared data (default: data)")
     args = parser.parse_args(argv)

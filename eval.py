@@ -66,24 +66,25 @@ def compute_metrics(confusions, ignore=()):
     then takes the mean over the classes that the tile's mask holds, then over tiles: all tiles
     weigh the same, however little of a class they show. "global" first sums all tiles' pixels and
     takes the mean over the classes that occur in masks or predictions: all pixels of a class weigh
-    the same. K = 2 scores label 1 alone. Pixels whose true label is in `ignore` are not counted,
-    and those labels not scored. Values are 0..1, None where there is nothing to divide by.
+    the same, those of overlapping tiles once for each. K = 2 scores label 1 alone. Pixels whose
+    true label is in `ignore` are not counted, and those labels not scored. Values are 0..1, None
+    where there is nothing to divide by.
     """
     counts = confusions.cpu().double()  # MPS has no float64
     k = counts.shape[1]
     counts[:, list(ignore)] = 0
     scored = scored_labels(k, ignore)
 
-    def divide(counts):  # (..., K, K) -> each (..., K); 0/0 is nan
-        hit = counts.diagonal(dim1=-2, dim2=-1)
+    def divide(counts):  # (..., K, K) -> {metric: (..., S)}, pixels (..., S); S = len(scored)
+        tp = counts.diagonal(dim1=-2, dim2=-1)
         predicted, true = counts.sum(-2), counts.sum(-1)
-        ratios = {"iou": hit / (predicted + true - hit), "f1": 2 * hit / (predicted + true),
-                  "precision": hit / predicted, "recall": hit / true}
+        ratios = {"iou": tp / (predicted + true - tp), "f1": 2 * tp / (predicted + true),
+                  "precision": tp / predicted, "recall": tp / true}  # 0/0 is nan
         return {name: ratio[..., scored] for name, ratio in ratios.items()}, true[..., scored]
 
     tiles, pixels = divide(counts)
     present = pixels > 0
-    shown = present.any(dim=1)  # a tile without any class is left out
+    shown = present.any(dim=1)  # tiles that hold a scored class; the others are left out
     per_tile = {name: (tiles[name].where(present, torch.tensor(0.0)).sum(1) / present.sum(1))
                 for name in ("iou", "f1")}
     whole, pixels = divide(counts.sum(dim=0))
@@ -211,7 +212,8 @@ def build_ensemble(checkpoints):
     """The networks of {path: checkpoint} as one; ValueError if more than their seeds differ."""
     (first, one), *others = checkpoints.items()
     for path, other in others:
-        if (any(other[name] != one[name] for name in ("split", "num_classes")) or
+        if (any(other.get(name) != one.get(name)
+                for name in ("split", "num_classes", "weights", "recipe_version")) or
                 other["args"] | {"seed": 0} != one["args"] | {"seed": 0}):
             raise ValueError(f"{path}: was trained on other tiles than {first}, or with other "
                              "flags: an ensemble is of runs that differ in their seed alone")
@@ -245,15 +247,15 @@ def score(model, checkpoint, path, device, options):
 
 def titles(results):
     """A title for each network of a figure: what it is, and the flags that not all of them have."""
-    told = [[*flags(result), f"--seed {result['args']['seed']}"] for result in results]
-    shared = set.intersection(*map(set, told))
+    flag_lists = [[*flags(result), f"--seed {result['args']['seed']}"] for result in results]
+    shared = set.intersection(*map(set, flag_lists))
     names = ["{model}, {skip}".format(**result["args"]) for result in results]
-    others = [" ".join(flag for flag in own if flag not in shared) for own in told]
+    others = [" ".join(flag for flag in own if flag not in shared) for own in flag_lists]
     return [f"{name}\n{own}".strip() for name, own in zip(names, others)]
 
 
 def figure(checkpoints, results, options):
-    """Draw test tiles, --tiles or five from the worst to the best scored -> image, number.
+    """Draw test tiles, --tiles or five from the worst to the best scored -> PIL image, how many.
 
     checkpoints: {path: checkpoint}, all of one data set and split; results of `score`. Raises
     ValueError for a tile that is not among the test tiles.
@@ -264,7 +266,7 @@ def figure(checkpoints, results, options):
     names = ["{}/{}/{}".format(*tiles.rows[i][:3]) for i in test]
     unknown = [name for name in options.tiles or [] if name not in names]
     if unknown:
-        raise ValueError(f"--tiles {unknown[0]}: no such test tile; they are called, for one, "
+        raise ValueError(f"--tiles {unknown[0]}: no such test tile: give names such as "
                          f"{names[0]}")
     ious = [result["tiles"] for result in results]  # None for a tile without any class
     if options.tiles:
@@ -281,9 +283,10 @@ def figure(checkpoints, results, options):
         predictions.append(labels.numpy().astype(np.uint8))
     rows = []
     for n, k in enumerate(chosen):
-        told = ["IoU -" if scores[k] is None else f"IoU {100 * scores[k]:.1f}" for scores in ious]
+        captions = ["IoU -" if scores[k] is None else f"IoU {100 * scores[k]:.1f}"
+                    for scores in ious]
         rows.append((names[k], tiles.images[test[k]].numpy(), tiles.masks[test[k]].numpy(),
-                     [prediction[n] for prediction in predictions], told))
+                     [prediction[n] for prediction in predictions], captions))
     return draw_figure(titles(results), rows, tiles.info["classes"]), len(chosen)
 
 
@@ -296,7 +299,7 @@ def read_log(path):
     except (ValueError, TypeError, csv.Error):
         log = []
     if not log or first_mismatch(log, LOG):
-        raise ValueError(f"{path}: not the log of a run, or damaged")
+        raise ValueError(f"{path}: not the log of a run, or damaged: leave out the run or --curves")
     return log
 
 
@@ -304,16 +307,17 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Score trained networks on their test tiles.")
     parser.add_argument("checkpoints", nargs="+", help="best.pt of one run or of several")
     parser.add_argument("--json", type=output, metavar="FILE", help="also write all scores to FILE")
-    parser.add_argument("--figure", type=picture, metavar="PNG",
+    parser.add_argument("--figure", type=picture, metavar="PICTURE",
                         help="draw test tiles and their predictions")
     parser.add_argument("--tiles", nargs="+", metavar="IMAGE/ROW/COLUMN",
                         help="test tiles to draw (default: five over the range of scores)")
-    parser.add_argument("--curves", type=picture, metavar="PNG",
-                        help="draw the runs' training curves in one")
+    parser.add_argument("--curves", type=picture, metavar="PICTURE",
+                        help="draw the runs' training curves in one picture")
     parser.add_argument("--whole", action="store_true", help="also predict the test images as "
                         "wholes, as predict.py does, and score these")
     parser.add_argument("--tta", action="store_true",
-                        help="with --whole: average over eight flips and turns")
+                        help="with --whole: test-time augmentation, the average over eight flips "
+                        "and turns")
     parser.add_argument("--ensemble", action="store_true",
                         help="score all checkpoints as one network, by the mean of their logits")
     parser.add_argument("--data", help="score on the masks of another prepared set of the same "
@@ -334,6 +338,7 @@ def parse_args(argv=None):
 
 def main(args):
     """Score the checkpoints -> list of results; ValueError if one cannot be used."""
+    # Read everything first, so that a bad file stops this before hours of scoring.
     device = pick_device(args.device)
     checkpoints = {Path(path): load_checkpoint(path) for path in args.checkpoints}
     sets = {(checkpoint["args"]["data"], checkpoint["args"]["split"], checkpoint["num_classes"])
@@ -348,6 +353,7 @@ def main(args):
     logs = {str(path.parent): [read_log(path.with_name("log.csv"))]
             for path in checkpoints if args.curves}
 
+    # Score.
     if args.ensemble:
         ensemble = build_ensemble(checkpoints)
         if len({one["args"]["seed"] for one in checkpoints.values()}) < len(args.checkpoints):
@@ -359,6 +365,8 @@ def main(args):
     else:
         results = [score(build_model(checkpoint, path), checkpoint, path, device, args)
                    for path, checkpoint in checkpoints.items()]
+
+    # Write and print.
     if args.json:  # first, as the table below refuses runs that do not go together
         with write_atomic(args.json) as file:
             file.write(json.dumps(results, indent=1).encode())
@@ -370,7 +378,7 @@ def main(args):
         print(metrics_table(results[0], results[0]["set"]["classes"]))
     else:
         print_progress("\n")
-        print("\nPercent: mean ± standard deviation over runs (the number of the paper)\n")
+        print("\nPercent: mean ± standard deviation over runs (in brackets: the paper's)\n")
         print(table_2(results))
     if args.figure:
         image, n = figure(checkpoints, results, args)

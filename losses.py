@@ -16,7 +16,8 @@ def bce_loss(logits, masks, ignore=()):
     """Binary cross-entropy with logits, the mean over a tile's pixels (paper 2.2, MoNuSeg).
 
     logits (N, 1, H, W) float, masks (N, H, W) integer 0 or 1 -> (N,) float32.
-    -y log s(x) - (1 - y) log(1 - s(x)), s the sigmoid, is softplus(x) - x y, which never overflows.
+    -y log s(x) - (1 - y) log(1 - s(x)), s the sigmoid, is softplus(x) - x y, which never overflows:
+    what F.binary_cross_entropy_with_logits computes.
     `ignore` is always empty here, as one class has no label to leave out.
     """
     x, y = logits[:, 0].float(), masks.float()
@@ -54,6 +55,7 @@ def dice_loss(logits, masks, ignore=()):
     `ignore` do not count. The paper gives no formula: the averages are ours, as in its metric.
     """
     num_classes = logits.shape[1]
+    # exp(log_softmax) is softmax, which rounds differently: earlier runs' last digits would change.
     p = logits.float().sigmoid() if num_classes == 1 else F.log_softmax(logits.float(), 1).exp()
     for label in ignore:
         p = p * (masks != label)[:, None]
@@ -78,14 +80,15 @@ def focal_loss(logits, masks, ignore=()):
     return weighted.sum(dim=(1, 2, 3)) / y.sum(dim=(1, 2, 3)).clamp(min=1)
 
 
-def add(*losses):
+def sum_of(*losses):
+    """The sum of several losses, which is a loss, too."""
     return lambda logits, masks, ignore=(): sum(loss(logits, masks, ignore) for loss in losses)
 
 
-# --loss. A loss takes logits, masks and the labels to ignore; one entry adds another.
+# --loss. A loss takes logits, masks and the labels to ignore. To add one, enter it here.
 LOSSES = {"bce": bce_loss, "ce": ce_loss, "dice": dice_loss, "focal": focal_loss,
-          "bce+dice": add(bce_loss, dice_loss), "ce+dice": add(ce_loss, dice_loss)}
-ONE_CLASS, SEVERAL_CLASSES = ("bce", "bce+dice"), ("ce", "ce+dice")  # the others take both
+          "bce+dice": sum_of(bce_loss, dice_loss), "ce+dice": sum_of(ce_loss, dice_loss)}
+ONE_CLASS, SEVERAL_CLASSES = ("bce", "bce+dice"), ("ce", "ce+dice")  # the others fit both
 
 
 def loss_for(num_classes, ignore=(), name=None):
@@ -104,7 +107,7 @@ def loss_for(num_classes, ignore=(), name=None):
 
 
 # -----------------------------------------------------------------------------
-# Learning rate schedules: the share of the run that is done, 0..1, -> a factor of the rate
+# Learning rate schedules: share of the run that is done, 0..1 -> factor of the learning rate
 
 
 def constant(done):
@@ -124,7 +127,7 @@ SCHEDULES = {"constant": constant, "cosine": cosine}
 # Recipes
 
 # The paper's (3.2). It writes the rates "10e-3" and "10e-5" and means 1e-3 and 1e-5. The synthetic
-# set's recipe is ours, sized for a laptop. An entry for a network replaces the values beside it. A
+# set's recipe is ours, sized for a laptop. An entry named after a network overrides the others. A
 # set of your own takes MoNuSeg's if it has one class, else BCSS's.
 RECIPES = {
     #             passes       tiles a step     Adam's rate  U-Net's first level
@@ -162,8 +165,8 @@ def recipe_for(recipe, model):
 
 
 def recipe_overrides(args):
-    """The part of a run's arguments that differs from its recipe -> {flag: value}."""
-    recipe = recipe_for(args.get("recipe", args["data"]), args["model"])
+    """The part of a run's arguments, a dict, that differs from its recipe -> {flag: value}."""
+    recipe = recipe_for(args.get("recipe", args["data"]), args["model"])  # older runs name none
     overrides = {name: args[name] for name, value in recipe.items()
                  if args.get(name, value) != value}
     if args["ignore_index"]:

@@ -30,8 +30,8 @@ def resize(x, size):
 # -----------------------------------------------------------------------------
 # The three skip connections. Each maps the encoder's list of feature maps, finest first, to the
 # list that the decoder concatenates: as many maps, of the same sizes. Level i's map is x_i, with
-# C_i channels. What the skip returns has as many, unless its class has an `out_channels` that says
-# otherwise.
+# C_i channels. What the skip returns for it, y_i, has as many, unless the skip's class has an
+# `out_channels` (see `returned_channels`).
 
 
 class StandardSkip(nn.Module):
@@ -49,7 +49,7 @@ def pointwise(channels, depth):
     layers = [nn.Conv2d(channels, channels, 1)]
     for _ in range(depth - 1):
         layers += [nn.ReLU(inplace=True), nn.Conv2d(channels, channels, 1)]
-    return nn.Sequential(*layers) if depth > 1 else layers[0]
+    return nn.Sequential(*layers) if depth > 1 else layers[0]  # whose weights keep a short name
 
 
 class ConvSkip(nn.Module):
@@ -75,7 +75,7 @@ class FusionSkip(nn.Module):
     def __init__(self, channels, depth=1):
         super().__init__()
         self.convs = nn.ModuleList(pointwise(count, depth) for count in channels)
-        self.match = nn.ModuleList(  # match[i][j]: C_j -> C_i
+        self.match = nn.ModuleList(  # match[i][j]: C_j -> C_i; match[i][i] is never called
             nn.ModuleList(nn.Identity() if j == i else nn.Conv2d(channels[j], channels[i], 1)
                           for j in range(len(channels))) for i in range(len(channels)))
 
@@ -165,11 +165,11 @@ class UNet(nn.Module):
         widths = [width * 2**level for level in range(5)]  # 64 128 256 512 1024
         downs = list(pairwise([3, *widths]))               # 3 -> 64, 64 -> 128 ... 512 -> 1024
         ups = list(pairwise(widths[::-1]))                 # 1024 -> 512 ... 128 -> 64
-        skips = returned_channels(skip, widths[:-1])[::-1]  # 512, 256, 128, 64
+        skip_channels = returned_channels(skip, widths[:-1])[::-1]  # 512, 256, 128, 64
         self.encoder = nn.ModuleList(double_conv(*channels) for channels in downs)
         self.up = nn.ModuleList(nn.ConvTranspose2d(*channels, 2, stride=2) for channels in ups)
-        self.decoder = nn.ModuleList(double_conv(up + added, up)
-                                     for (_, up), added in zip(ups, skips))
+        self.decoder = nn.ModuleList(double_conv(channels + from_skip, channels)
+                                     for (_, channels), from_skip in zip(ups, skip_channels))
         self.head = nn.Conv2d(width, num_classes, 1)
         he_init([*self.encoder, *self.decoder])
         self.skip = skip(widths[:-1])
@@ -249,27 +249,27 @@ class SwinUNet(nn.Module):
 
 
 MODELS = {"unet": UNet, "swin_unet": SwinUNet}
-MOST_SKIP_DEPTH = 16  # so that no damaged file can ask for a million
+MAX_SKIP_DEPTH = 16  # so that no damaged checkpoint can ask for a million layers
 
 
 def create_model(model, skip, num_classes, width=64, checkpointing=False, skip_depth=1):
-    """Build a network: `model` from MODELS, `skip` from SKIPS. One more entry there adds another.
+    """Build a network: `model` from MODELS, `skip` from SKIPS. To add one, enter it there.
 
     `width` is the U-Net's first-level channel count (paper: 64); `checkpointing` makes training
     recompute feature maps instead of keeping them; `skip_depth` is the `depth` of skips that have
     one. Raises ValueError for an unknown name, and for a depth that is out of range or that the
     skip does not have.
     """
-    if model not in MODELS or skip not in SKIPS:
-        raise ValueError(f"no network is called {model!r} with {skip!r} skips: there are "
-                         f"{', '.join(MODELS)} and {', '.join(SKIPS)}")
+    for kind, table, name in ("network", MODELS, model), ("skip", SKIPS, skip):
+        if name not in table:
+            raise ValueError(f"no {kind} is called {name!r}: there are {', '.join(table)}")
     skip_class = SKIPS[skip]
     if skip_depth != 1:
         if "depth" not in inspect.signature(skip_class).parameters:
             raise ValueError(f"--skip-depth {skip_depth}: {skip} skips have no 1x1 convolution to "
                              "repeat, as conv and fusion skips have")
-        if skip_depth not in range(1, MOST_SKIP_DEPTH + 1):
-            raise ValueError(f"--skip-depth {skip_depth}: give 1 to {MOST_SKIP_DEPTH}")
+        if skip_depth not in range(1, MAX_SKIP_DEPTH + 1):
+            raise ValueError(f"--skip-depth {skip_depth}: give 1 to {MAX_SKIP_DEPTH}")
         skip_class = partial(skip_class, depth=skip_depth)
     return MODELS[model](skip_class, num_classes, width, checkpointing)
 
@@ -277,18 +277,20 @@ def create_model(model, skip, num_classes, width=64, checkpointing=False, skip_d
 def build_model(checkpoint, path):
     """The trained network that a checkpoint of train.py holds; ValueError if they do not fit."""
     args = checkpoint["args"]
-    arguments = (args["model"], args["skip"], checkpoint["num_classes"], args["width"], False,
-                 args.get("skip_depth", 1))  # older checkpoints do not name it
+    arguments = {"model": args["model"], "skip": args["skip"], "width": args["width"],
+                 "num_classes": checkpoint["num_classes"],
+                 "skip_depth": args.get("skip_depth", 1)}  # older checkpoints do not name it
     try:
-        # Shapes need no memory, however large the file claims to be. (dict() makes a copy: in the
-        # original, assign=True would leave a note that makes the load below assign, too.)
+        # Compare shapes without memory, however large the file claims to be. (assign=True leaves a
+        # flag in the metadata of a state dict, by which the load below would assign, too. dict()
+        # leaves the metadata behind.)
         with torch.device("meta"):
-            create_model(*arguments).load_state_dict(dict(checkpoint["model"]), assign=True)
+            create_model(**arguments).load_state_dict(dict(checkpoint["model"]), assign=True)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path}: its weights do not fit the {args['model']} with {args['skip']} "
                          f"skips that it names ({first_line(error)}): it was not written by this "
                          "version") from None
-    model = create_model(*arguments)
+    model = create_model(**arguments)
     model.load_state_dict(checkpoint["model"])
     return model
 
@@ -298,7 +300,7 @@ def build_model(checkpoint, path):
 
 
 def checkpointed(block, x):
-    """block(x), which recomputes in the backward pass what it would otherwise keep for it."""
+    """block(x), which recomputes its feature maps in the backward pass instead of keeping them."""
     # A compiled block counts a batch once in any case, and torch.compile takes no context_fn.
     contexts = {} if torch.compiler.is_compiling() else {
         "context_fn": lambda: (nullcontext(), statistics_off(block))}
@@ -333,7 +335,7 @@ MICROSOFT = ("https://github.com/SwinTransformer/storage/releases/download/v1.0.
 
 
 def load_encoder(encoder, path=None):
-    """Load ImageNet weights into a Swin-T -> a text that says which.
+    """Load ImageNet weights into a Swin-T -> a text that says where they came from.
 
     `path` is Microsoft's original file, timm's .safetensors or .pth, or a checkpoint of ours with a
     Swin-UNet; None takes timm's hub. Raises FileNotFoundError where there is nothing to load, and
@@ -344,11 +346,13 @@ def load_encoder(encoder, path=None):
     origin = str(path or f"hub {HUB}")
     path = path or fetch_from_hub()
     try:
-        tensors = timm.models.load_state_dict(path)
+        tensors = timm.models.load_state_dict(path, weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file of weights") from None
+        raise FileNotFoundError(f"{path}: no such file of weights: `./prepare_data.sh weights` "
+                                "fetches one") from None
     except Exception as error:  # as in load_checkpoint
-        raise ValueError(f"{path}: not weights, or damaged ({first_line(error)})") from None
+        raise ValueError(f"{path}: not weights, or damaged ({first_line(error)}); "
+                         "`./prepare_data.sh weights` fetches the right file") from None
 
     # A checkpoint of ours holds a whole network.
     own = {name.removeprefix("encoder."): tensor for name, tensor in tensors.items()
@@ -394,6 +398,7 @@ def fetch_from_hub():
 
 
 # -----------------------------------------------------------------------------
+# Parameter counts (the paper's Table 1)
 
 
 @cache

@@ -29,10 +29,11 @@ from raw import SUFFIXES, TILE, find_files, index_by_stem, read_image, scaled_si
 from utils import (autocast, first_line, is_out_of_memory, load_checkpoint, number, pick_device,
                    print_progress, run_cli, write_atomic)
 
+# Pillow's modes that `read_rgb` can convert.
 MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "LAB", "HSV", "F",
          "I", "I;16", "I;16L", "I;16B")
 TWO_COLOURS = np.array([(0, 0, 0), GREEN], np.uint8)  # of one class
-MARK = PngInfo()  # a text in the pictures that are written here, by which they are known again
+MARK = PngInfo()  # a text in the pictures that are written here, by which they are recognised
 MARK.add_text("Software", "predict.py")
 
 
@@ -47,13 +48,15 @@ def find_images(images, out):
     paths = index_by_stem(files + [path for path in find_files(folders, SUFFIXES)
                                    if not path.name.endswith(("_mask.png", "_overlay.png"))])
     if not paths:
-        raise ValueError(f"{folders[0]}: holds no image ({', '.join(sorted(SUFFIXES))})")
+        raise ValueError(f"{folders[0]}: holds no image ({', '.join(sorted(SUFFIXES))}): name "
+                         "images, or a folder of some")
     if out.resolve() in {path.parent.resolve() for path in paths.values()}:
         raise ValueError(f"--out {out}: holds the images, and perhaps masks of theirs that must "
                          "not be overwritten: name another folder")
     for name in paths:
         mask, overlay, probs = (out / f"{name}_{kind}" for kind in
                                 ("mask.png", "overlay.png", "probabilities.npy"))
+        # An .npy holds no such text: the mask's stands for it.
         for path, marked in (mask, mask), (overlay, overlay), (probs, mask):
             if path.exists() and not (marked.is_file() and
                                       b"Software\0predict.py" in marked.read_bytes()):
@@ -63,7 +66,7 @@ def find_images(images, out):
 
 
 def read_rgb(path):
-    """Read any image as viewers turn it, RGB, 8-bit, opaque; ValueError if it cannot be used."""
+    """Read any image -> PIL image, 8-bit RGB, as viewers turn it; ValueError if it is unusable."""
     try:
         image = read_image(path, MODES)
     except OSError as error:
@@ -81,16 +84,17 @@ def read_rgb(path):
 
 
 def tile_positions(length, side, multiple, overlap):
-    """Cover `length` pixels with as few tiles of at most `side` pixels as possible.
+    """Cover an axis of `length` pixels with as few tiles as possible, neighbours sharing `overlap`.
 
-    Returns where they start, a list; the pixel that each place shows, mirrored beyond the end; and
-    a tile's weights, smooth and above 0 everywhere, float32.
+    A tile has at most `side` pixels, a multiple of `multiple`. Returns where tiles start, a list;
+    for each pixel that they cover, which pixel of the image it shows (mirrored beyond the end); and
+    a tile's blending weights, float32, smooth and above 0 everywhere.
     """
     n = max(1, math.ceil((length - overlap) / (side - overlap)))
     tile = multiple * math.ceil((length + (n - 1) * overlap) / n / multiple)
     starts = [k * (tile - overlap) for k in range(n)]
-    places = np.pad(np.arange(length), (0, starts[-1] + tile - length), "reflect")
-    return starts, places, torch.sin(torch.pi * (torch.arange(tile) + 0.5) / tile) ** 2
+    pixels = np.pad(np.arange(length), (0, starts[-1] + tile - length), "reflect")
+    return starts, pixels, torch.sin(torch.pi * (torch.arange(tile) + 0.5) / tile) ** 2
 
 
 def predict_probs(model, images, tta):
@@ -108,7 +112,7 @@ def predict_probs(model, images, tta):
 
 @torch.inference_mode()
 def predict_bands(model, image, num_classes, device, batch_size=None, tta=False):
-    """Predict an RGB image of the training scale -> yields bands of rows, from top to bottom.
+    """Predict a PIL image, RGB, at the training scale -> yields bands of rows, top to bottom.
 
     A band is (C, rows, width) float32 probabilities, valid until the next one is asked for. Rows
     leave as soon as no further tile touches them: only one row of tiles is kept. The network says
@@ -182,7 +186,7 @@ def write_mask(path, labels, size, num_classes):
 
 
 def write_overlay(path, image, mask, num_classes):
-    """Write an image with a mask's outlines, 1 pixel wide around nuclei and 3 around tissue."""
+    """Draw a mask's outlines on an image, 1 pixel wide around nuclei, 3 around tissue; write it."""
     labels, palette = np.asarray(mask), palette_for(num_classes)
     for top in range(0, image.height, 1024):  # in strips, to save memory, that share 6 rows
         strip = labels[top:top + 1030]
@@ -214,9 +218,10 @@ def parse_args(argv=None):
                         "in them but *_mask.png and *_overlay.png")
     parser.add_argument("--out", type=Path, default="predictions",
                         help="folder to write to (default: predictions)")
-    parser.add_argument("--scale", type=number(float, most=10), help="factor to resize images by "
-                        "(default: as the training set was, monuseg 0.896)")
-    parser.add_argument("--tta", action="store_true", help="average over eight flips and turns")
+    parser.add_argument("--scale", type=number(float, maximum=10), help="factor to resize images "
+                        "by (default: as the training set was, monuseg 0.896)")
+    parser.add_argument("--tta", action="store_true", help="test-time augmentation: average "
+                        "over eight flips and turns")
     parser.add_argument("--probabilities", action="store_true", help="also write these, as .npy")
     parser.add_argument("--batch-size", type=number(int),
                         help="tiles at a time (default: unet 1, as they are large; swin_unet 8)")
@@ -244,7 +249,7 @@ def main(args):
             if is_out_of_memory(error):
                 text = f"{path}: out of memory ({text}): cut it, or give a smaller --scale"
             elif isinstance(error, RuntimeError):
-                raise  # a mistake of ours
+                raise  # a bug: show the traceback
             print_progress("")
             print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
             continue

@@ -248,6 +248,10 @@ def read_labels(path):
     if image.format == "JPEG":
         raise ValueError(f"{path}: a JPEG, which does not keep labels as they are: export masks as "
                          "PNG")
+    with Image.open(path, formats=FORMATS) as stored:
+        if re.search("L;[24]", str(stored.tile)):  # so Pillow notes what it stretches to 0..255
+            raise ValueError(f"{path}: less than 8 bits a pixel, which Pillow would not read as "
+                             "they are: export it again as 8-bit")
     if image.mode not in ("L", "P", "1"):
         raise ValueError(f"{path}: Pillow mode {image.mode}, but a mask stores one class index a "
                          "pixel, 0 to 255: replace colours by indices")

@@ -273,7 +273,7 @@ class DoubleUNet(nn.Module):
 
         url = VGG19_Weights.IMAGENET1K_V1.url
         try:
-            tensors = (timm.models.load_state_dict(path) if path else
+            tensors = (timm.models.load_state_dict(path, weights_only=True) if path else
                        torch.hub.load_state_dict_from_url(url, check_hash=True, weights_only=True))
         except Exception as error:  # neither has a common base for what it raises
             if path and not isinstance(error, FileNotFoundError):

@@ -186,7 +186,7 @@ def table_2(results):
     """The paper's Table 2, one for every data set and split: mean ± standard deviation over seeds.
 
     In brackets the paper's, for scores on the masks that were trained on. A row holds the runs that
-    differ in the seed alone; ValueError for two that differ in nothing.
+    differ in the seed alone; ValueError for two that differ in nothing, or in their test images.
     """
     averages = [average for average in AVERAGES if all(average in one for one in results)]
     titles = [f"{metric} {AVERAGES[average]}" for average in averages for metric in ("mIoU", "F1")]
@@ -200,6 +200,9 @@ def table_2(results):
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"two runs of {data}, {split}, {name}, {skip} have one seed, of "
                              f"{seeds}: a mean over seeds takes each once")
+        if len({tuple(result.get("images", ())) for result in group}) > 1:
+            raise ValueError(f"runs of {data}, {split}, {name}, {skip} have different test images: "
+                             "leave out those of other prepared data")
         is_papers = split == "tile" and scored_on == data and name == group[0]["args"]["model"]
         paper = PAPER.get((data, name, skip)) if is_papers else None
         cells = []

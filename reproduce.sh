@@ -8,7 +8,7 @@
 #
 # Start it again after an interruption: what is finished is skipped, the rest resumed, and a run
 # that fails does not stop the others. Each run's output is in runs/*.log, the page in
-# runs/README.md, below the folder in which it is called.
+# runs/DATA.md, below the folder in which it is called.
 
 set -uo pipefail
 here=$(dirname "$0")
@@ -55,7 +55,7 @@ set -m  # each lane is a process group of its own, which ends as a whole when th
 trap 'for lane in $(jobs -pr); do kill -- -"$lane"; done; rm -f "$failed"' EXIT
 for ((number = 0; number < jobs; number++)); do lane "$number" & done
 wait
-"$python" "$here/report.py" runs/"$data"-*/scores.json --page runs/README.md
+"$python" "$here/report.py" runs/"$data"-*/scores.json --page "runs/$data.md"
 reported=$?
 sed 's/^/failed: /' "$failed" >&2
 [ ! -s "$failed" ] && exit "$reported"

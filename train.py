@@ -25,9 +25,9 @@ import related  # noqa: F401, its skips and networks join SKIPS and MODELS
 from data import (COLOURS, SPLITS, WARPS, fingerprint, load, normalize, read_info, set_of,
                   split_tiles, train_batches, whole_images)
 from eval import compute_metrics, evaluate, metrics_table, scored_labels
-from losses import (COMMON, LOSSES, RECIPE_VERSION, SCHEDULES, loss_for, recipe_for,
+from losses import (COMMON, LOSSES, RECIPE_VERSION, RECIPES, SCHEDULES, loss_for, recipe_for,
                     recipe_overrides)
-from models import MODELS, MOST_SKIP_DEPTH, SKIPS, build_model, create_model
+from models import MODELS, MAX_SKIP_DEPTH, SKIPS, build_model, create_model
 from plots import draw_curves
 from report import read_scores
 from utils import (ARGS, CHECKPOINT, autocast, device_name, leave_processes, load_checkpoint,
@@ -35,8 +35,8 @@ from utils import (ARGS, CHECKPOINT, autocast, device_name, leave_processes, loa
                    save_checkpoint, setup_processes, write_atomic)
 
 
-# The flags that checkpoints and scores.json record: all that a run's digits depend on, except where
-# an encoder's weights came from, which "weights" tells there.
+# The flags that checkpoints and scores.json record: all that a run's digits depend on, except the
+# origin of pretrained weights, which has an entry of its own there, "weights".
 RECORDED = (*ARGS, "recipe", *COMMON)
 
 # Seconds: an epoch that ends so soon after a save is not saved, unless it is the best or the last.
@@ -44,20 +44,25 @@ SAVE_GAP = 30
 
 
 def parse_args(argv=None):
+    papers = "; ".join("{}: --epochs {epochs} --batch-size {batch_size} --lr {lr:g} --width {width}"
+                       .format(name, **recipe) for name, recipe in RECIPES.items()
+                       if not name.endswith(" strong"))
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="Where no default is named, it is the recipe's: see RECIPES in losses.py.")
+        epilog=f"Where no default is named, it is that of RECIPES in losses.py. {papers}. A set of "
+               "your own takes monuseg's if it has one class, else that of bcss.")
     # What to train
     parser.add_argument("--model", choices=MODELS, default="unet", help="network (default: unet)")
     parser.add_argument("--skip", choices=SKIPS, default="standard",
-                        help="skip connections (default: standard)")
-    parser.add_argument("--skip-depth", type=number(int, most=MOST_SKIP_DEPTH), metavar="N",
+                        help="skip connections; nested and fusionunet are other papers' (default: "
+                        "standard)")
+    parser.add_argument("--skip-depth", type=number(int, maximum=MAX_SKIP_DEPTH), metavar="N",
                         help="conv and fusion: N 1x1 convolutions in a row, with ReLU between "
                              "them, to make y_i; the paper has one (default: 1)")
     parser.add_argument("--data", default="synthetic", help="monuseg, monuseg-exact, bcss, "
                         "bcss512, a prepared set of your own (default: synthetic, drawn on the "
                         "spot)")
-    parser.add_argument("--classes", type=number(int, least=3, most=22), metavar="K",
+    parser.add_argument("--classes", type=number(int, minimum=3, maximum=22), metavar="K",
                         help="synthetic: regions and nuclei of 3 to 22 classes instead of nuclei "
                              "alone; the tiles are the same for every K, with labels K to 21 "
                              "merged into those that they are part of")
@@ -67,34 +72,34 @@ def parse_args(argv=None):
                              "validates on other hospitals than it trains on, official-all also "
                              "trains on the validation images (default: tile; own sets: official "
                              "if they came in parts, else image)")
-    parser.add_argument("--seed", type=number(int, least=0, most=2**63 - 1), default=0,
+    parser.add_argument("--seed", type=number(int, minimum=0, maximum=2**63 - 1), default=0,
                         help="of everything random except the split (default: 0)")
     # The recipe
     parser.add_argument("--recipe", choices=("paper", "strong"), default="paper",
                         help="what the flags below default to: the paper's values, or those that "
                         "later work found to pay (default: paper)")
-    parser.add_argument("--epochs", type=number(int, most=10**6), help="passes over the training "
-                        "tiles")
+    parser.add_argument("--epochs", type=number(int, maximum=10**6),
+                        help="passes over the training tiles")
     parser.add_argument("--batch-size", type=number(int), help="tiles per step")
     parser.add_argument("--lr", type=number(float), help="Adam's learning rate")
     parser.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate: constant as "
                         "in the paper, or cosine with warm-up")
-    parser.add_argument("--weight-decay", type=number(float, least=0), help="AdamW's; "
-                        "biases and norms never decay (strong: 0.05; default: 0)")
-    parser.add_argument("--ema", type=number(float, least=0, most=0.9999), metavar="DECAY",
+    parser.add_argument("--weight-decay", type=number(float, minimum=0), help="AdamW's; "
+                        "biases and norms never decay (paper: 0; strong: 0.05)")
+    parser.add_argument("--ema", type=number(float, minimum=0, maximum=0.9999), metavar="DECAY",
                         help="score an exponential moving average of the weights (strong: 0.999; "
                         "0: the weights themselves)")
     parser.add_argument("--loss", choices=LOSSES, help="bce and bce+dice are for one class, ce and "
-                        "ce+dice for several (paper: bce, and ce+dice)")
+                        "ce+dice for several (paper: bce, and ce+dice; strong: bce+dice)")
     parser.add_argument("--augment", nargs="+", choices=("all", "none", *WARPS, *COLOURS),
                         help="augmentations of training tiles (default: all)")
-    parser.add_argument("--windows", type=number(float, least=0, most=1), metavar="SCALE",
-                        help="train on windows anywhere in whole images, their scale varied by up "
-                        "to exp(+-SCALE) (strong: 0.25; 0: on the tiles as they are)")
-    parser.add_argument("--stain", type=number(float, least=0, most=1), metavar="STRENGTH",
-                        help="vary each tile's hematoxylin, eosin and the rest by up to this "
+    parser.add_argument("--windows", type=number(float, minimum=0, maximum=1), metavar="SCALE",
+                        help="train on windows, random crops of whole images, scaled by up to "
+                        "exp(+-SCALE) (strong: 0.25; 0: on the tiles as they are)")
+    parser.add_argument("--stain", type=number(float, minimum=0, maximum=1), metavar="STRENGTH",
+                        help="vary each tile's hematoxylin, eosin and residual by up to this "
                         "share (strong: 0.25; 0: do not)")
-    parser.add_argument("--width", type=number(int, most=1024),
+    parser.add_argument("--width", type=number(int, maximum=1024),
                         help="channels of the U-Net's first level")
     parser.add_argument("--ignore-index", type=int, nargs="+", default=[], metavar="LABEL",
                         help="labels left out of loss and scores (default: none, as the paper)")
@@ -111,8 +116,8 @@ def parse_args(argv=None):
     parser.add_argument("--compile", action="store_true",
                         help="torch.compile the network (it has not paid where we timed it)")
     parser.add_argument("--checkpointing", action="store_true",
-                        help="recompute the U-Net's largest feature maps: a third to half less "
-                        "memory, more time (other networks do not)")
+                        help="recompute the U-Net's largest feature maps: a third less memory or "
+                        "more, more time (other networks ignore this)")
     # Where
     parser.add_argument("--out", type=Path, help="run folder (default: runs/DATA-MODEL-SKIP, what "
                         "differs from the recipe, and the seed)")
@@ -139,7 +144,9 @@ def complete(args, parser):
     if args.augment:
         if len(args.augment) > 1 and {"all", "none"} & {*args.augment}:
             parser.error("--augment: all and none stand alone")
-        args.augment = " ".join(args.augment)
+        args.augment = " ".join(name for name in ("all", "none", *WARPS, *COLOURS)
+                                if name in args.augment)
+    args.ignore_index = sorted({*args.ignore_index})
     args.recipe = info["recipe"] + (" strong" if args.recipe == "strong" else "")
     args.split = args.split or info["split"]
     if args.classes and args.recipe.endswith(" strong") and not args.loss:
@@ -172,7 +179,7 @@ def main(args):
     """
     device = pick_device(args.device)
     rank, world_size = setup_processes(device)
-    tiles, parts, wholes = open_data(args, device, world_size)
+    tiles, parts, wholes = load_data(args, device, world_size)
     num_classes = len(tiles.info["classes"])
     loss_fn = loss_for(num_classes, args.ignore_index, args.loss)
     raw_model, scored, optimizer, scaler = build_training(args, num_classes, device)
@@ -185,7 +192,7 @@ def main(args):
            "recipe_version": RECIPE_VERSION, "weights": "from scratch", "step": 0,
            "losses": torch.zeros(num_steps), "log": [], "seconds": [], "elapsed": 0.0}
     on_rank_0(open_folder, args)
-    run |= resume(args, run, raw_model, scored, optimizer, scaler)
+    run |= start_or_resume(args, run, raw_model, scored, optimizer, scaler)
     log, losses, total = run["log"], run["losses"].to(device), args.epochs * num_steps
     if run["step"] == total and (scores := on_rank_0(finished_scores, args.out, log)):
         print(f"{args.out} is finished; its scores are in scores.json")
@@ -194,15 +201,15 @@ def main(args):
     model = wrap(raw_model, args.compile, device, world_size)
     print_start(args, raw_model, run["weights"], parts, device)
     start = saved = shown = time.time()
-    first, clock = run["step"], start - run["elapsed"]  # the time at which it would have started
+    first, began = run["step"], start - run["elapsed"]  # had it run without a break
 
     def save(name, **more):
         if rank == 0:
-            run["losses"], run["elapsed"] = losses.cpu(), time.time() - clock
+            run["losses"], run["elapsed"] = losses.cpu(), time.time() - began
             save_checkpoint(args.out / name, run | {"model": scored.state_dict()} | more)
 
-    def save_last(epoch, place):
-        check_finite(losses[:place + 1], epoch, "step", args.out)
+    def save_last(epoch, batch_index):
+        check_finite(losses[:batch_index + 1], epoch, "step", args.out)
         check_weights(raw_model, epoch, args.out)
         save("last.pt", trained=raw_model.state_dict(), optimizer=optimizer.state_dict(),
              scaler=scaler.state_dict())
@@ -214,33 +221,33 @@ def main(args):
     model.train()
     for step, (images, masks) in enumerate(batches, first):
         # Forward, backward, step. The scaler does nothing except for float16.
-        epoch, place = step // num_steps + 1, step % num_steps  # counted from 1 and from 0
+        epoch, batch_index = step // num_steps + 1, step % num_steps  # counted from 1 and from 0
         for group in optimizer.param_groups:
             group["lr"] = args.lr * SCHEDULES[args.schedule](step / total)
         with autocast(device, args.bf16):
             logits = model(normalize(images).contiguous(memory_format=memory_format))
-        loss = loss_fn(logits, masks).sum() / (args.batch_size / world_size)
+        loss = loss_fn(logits, masks).sum() * world_size / args.batch_size  # DDP averages gradients
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         if args.ema:
             update_average(scored, raw_model, step, args.ema)
-        losses[place] = loss.detach() / world_size
+        losses[batch_index] = loss.detach() / world_size
         if world_size > 1:
-            dist.all_reduce(losses[place])
-        run["step"], now, last_of_epoch = step + 1, time.time(), place == num_steps - 1
+            dist.all_reduce(losses[batch_index])  # the sum: the mean over the whole batch
+        run["step"], now, last_of_epoch = step + 1, time.time(), batch_index == num_steps - 1
 
-        # Once a second tell how far we are: reading the loss waits for the GPU. Save now and then.
-        speed = args.batch_size * (run["step"] - first) / max(now - start, 1e-3)
-        eta = timedelta(seconds=round((total - run["step"]) * args.batch_size / speed))
-        if rank == 0 and now - shown > 1 or last_of_epoch:
+        # Print progress once a second, as reading the loss waits for the GPU. Save now and then.
+        if (rank == 0 and now - shown > 1) or last_of_epoch:
             shown = now
-            check_finite(losses[:place + 1], epoch, "step", args.out)
-            print_progress(f"epoch {epoch}/{args.epochs} step {place + 1}/{num_steps}: loss "
-                           f"{losses[place].item():.4f}, {speed:.1f} images/s, {eta} left")
+            check_finite(losses[:batch_index + 1], epoch, "step", args.out)
+            speed = args.batch_size * (run["step"] - first) / max(now - start, 1e-3)
+            eta = timedelta(seconds=round((total - run["step"]) * args.batch_size / speed))
+            print_progress(f"epoch {epoch}/{args.epochs} step {batch_index + 1}/{num_steps}: loss "
+                           f"{losses[batch_index].item():.4f}, {speed:.1f} images/s, {eta} left")
         if rank == 0 and now - saved > 60 * args.save_every and not last_of_epoch:
-            save_last(epoch, place)
+            save_last(epoch, batch_index)
             saved = now
         if not last_of_epoch:
             continue
@@ -249,9 +256,9 @@ def main(args):
         row = {"epoch": epoch, "train_loss": losses.mean().item()} | validate(
             args, epoch, scored, tiles, parts["val"], loss_fn, device, rank, world_size)
         log.append(row)
-        run["seconds"].append(time.time() - clock)
-        if is_best(log) or run["step"] == total or rank == 0 and time.time() - saved > SAVE_GAP:
-            save_last(epoch, place)
+        run["seconds"].append(time.time() - began)
+        if is_best(log) or run["step"] == total or (rank == 0 and time.time() - saved > SAVE_GAP):
+            save_last(epoch, batch_index)
             saved = time.time()
         if rank == 0:
             finish_epoch(args.out, log, save)
@@ -268,9 +275,9 @@ def main(args):
 
 
 def finished_scores(folder, log):
-    """Read scores.json -> result; None if it is missing, or of another log than that of this run.
+    """Read the scores of a finished run -> dict.
 
-    The latter is so when the run was lengthened.
+    None if there are none, or if they were written before the run was lengthened.
     """
     path = folder / "scores.json"
     scores = read_scores(path) if path.exists() else None
@@ -284,23 +291,29 @@ def print_start(args, model, weights, parts, device):
     print(f"{args.data}: {sizes} tiles; writing {args.out}")
 
 
-def open_data(args, device, world_size):
+def load_data(args, device, world_size):
     """The tiles, the split that the flags ask for and, for windows, the whole training images.
 
     Raises ValueError for flags that do not fit the data, and where nodes have different tiles.
     """
+    # Do the flags fit the data?
     tiles = load(args.data, args.data_root, args.classes or 1)
     parts = split_tiles(args.data, tiles.rows, args.split)
     if not world_size <= args.batch_size <= len(parts["train"]):
         raise ValueError(f"--batch-size {args.batch_size}: give at most the {len(parts['train'])} "
                          f"training tiles, and no fewer than there are processes, {world_size}")
     num_classes = len(tiles.info["classes"])
-    if any(num_classes == 1 or not 0 <= label < num_classes for label in args.ignore_index):
-        raise ValueError(f"--ignore-index {' '.join(map(str, args.ignore_index))}: {args.data} has "
-                         "no such label to ignore")
+    ignored = f"--ignore-index {' '.join(map(str, args.ignore_index))}"
+    if num_classes == 1 and args.ignore_index:
+        raise ValueError(f"{ignored}: {args.data} has one class, and no other label to ignore: "
+                         "leave it out")
+    if any(not 0 <= label < num_classes for label in args.ignore_index):
+        raise ValueError(f"{ignored}: {args.data} has no such label to ignore: give some of 0 to "
+                         f"{num_classes - 1}")
     if not scored_labels(max(2, num_classes), args.ignore_index):
-        raise ValueError(f"--ignore-index {' '.join(map(str, args.ignore_index))}: leaves no label "
-                         "to score")
+        raise ValueError(f"{ignored}: leaves no label to score: name fewer")
+
+    # Do all nodes hold the same tiles?
     if world_size > 1:
         found = [None] * world_size
         dist.all_gather_object(found, fingerprint(tiles.rows, parts))
@@ -308,8 +321,10 @@ def open_data(args, device, world_size):
             leave_processes()
             raise ValueError(f"{Path(args.data_root, args.data)}: nodes have different tiles: "
                              "prepare the same images on all of them")
+
     # A set that fits goes to the GPU once, any other is read from the memory map as needed.
-    if device.type == "cuda" and tiles.images.nbytes < torch.cuda.mem_get_info()[0] / 4:
+    size = tiles.images.nbytes + tiles.masks.nbytes
+    if device.type == "cuda" and size < torch.cuda.mem_get_info()[0] / 4:
         tiles = replace(tiles, images=tiles.images.to(device), masks=tiles.masks.to(device))
     return tiles, parts, whole_images(args.data, tiles, parts["train"]) if args.windows else None
 
@@ -317,8 +332,8 @@ def open_data(args, device, world_size):
 def build_training(args, num_classes, device):
     """Build what is trained -> network, scored network, optimizer, scaler.
 
-    What is scored is an average of the network with --ema, else the network itself. The scaler does
-    something for float16 alone.
+    The scored network is the moving average of the weights with --ema, else the network itself. The
+    gradient scaler is enabled for float16 alone.
     """
     torch.manual_seed(args.seed)
     model = create_model(args.model, args.skip, num_classes, args.width, args.checkpointing,
@@ -329,7 +344,7 @@ def build_training(args, num_classes, device):
         torch.set_float32_matmul_precision("high")
     model.to(device)
     # Without weight decay, the default, AdamW is Adam. Fused, it is the same arithmetic in fewer
-    # passes. Biases and norms, vectors, never decay; Swin's tables of positions do.
+    # passes. Biases and norms, vectors, never decay; Swin's position bias tables do.
     weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     optimizer = torch.optim.AdamW([{"params": weights, "weight_decay": args.weight_decay},
@@ -355,36 +370,40 @@ def update_average(average, model, step, decay):
 
 
 def memory_format_for(device, bf16):
-    """How maps lie in memory: channels last, unless in float32 on CPUs that are slower with it."""
+    """Feature maps lie channels last, except in float32 on CPUs without AVX-512: slower there."""
     faster = bf16 or device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
     return torch.channels_last if faster else torch.contiguous_format
 
 
 def open_folder(args):
     """Create and lock the run's folder; ValueError if it holds a run that is not to be resumed."""
-    there = [name for name in ("last.pt", "best.pt", "log.csv") if (args.out / name).exists()]
-    if there and not args.resume:
+    existing = [name for name in ("last.pt", "best.pt", "log.csv") if (args.out / name).exists()]
+    if existing and not args.resume:
         raise ValueError(f"{args.out} holds a run already: continue it with --resume, or name "
                          "another folder with --out")
-    if there and "last.pt" not in there:
-        raise ValueError(f"{args.out} holds a {there[0]} without the last.pt to go on from: name "
-                         "another folder with --out")
-    args.lock = lock_folder(args.out)  # as long as `args` is there
+    if existing and "last.pt" not in existing:
+        raise ValueError(f"{args.out} holds a {existing[0]} without the last.pt to go on from: "
+                         "name another folder with --out")
+    args.lock = lock_folder(args.out)  # held as long as `args` exists
 
 
-def resume(args, run, model, scored, optimizer, scaler):
+def start_or_resume(args, run, model, scored, optimizer, scaler):
     """Load last.pt into model, `scored` (the same, or its average), optimizer and scaler.
 
-    Returns what replaces the entries of `run`. Without a last.pt the run starts, and a pretrained
-    network loads its encoder's weights. Raises ValueError for a last.pt that is not of this run.
+    Without a last.pt a new run starts: a pretrained network then loads its encoder's weights.
+    Returns the entries of `run` that this changes -> dict. Raises ValueError if last.pt belongs to
+    another run.
     """
     checkpoint = on_rank_0(read_last, args.out / "last.pt", run, optimizer)
     if checkpoint:
+        started = checkpoint["weights"]
         asked = ("from scratch" if args.no_pretrained else
-                 args.weights and f"encoder weights from {args.weights}")
-        if asked and asked != checkpoint["weights"]:
-            raise ValueError(f"{args.out / 'last.pt'}: started with {checkpoint['weights']}, not "
-                             f"{asked}: give the same, or another --out")
+                 f"encoder weights from {args.weights}" if args.weights else
+                 "pretrained" if MODELS[args.model].pretrained and started == "from scratch" else
+                 started)
+        if asked != started:
+            raise ValueError(f"{args.out / 'last.pt'}: started with {started}, not {asked}: give "
+                             "the same, or another --out")
         scored.load_state_dict(checkpoint["model"])
         model.load_state_dict(checkpoint["trained"])
         optimizer.load_state_dict(optimizer.state_dict() | {
@@ -421,6 +440,7 @@ def read_last(path, run, optimizer):
     for name in ("data", "model", "recipe", *run["args"]):  # first those on which others depend
         value = run["args"][name]
         trained = checkpoint["args"].get(name, COMMON.get(name))  # older ones name fewer
+        # A run may be lengthened, unless its learning rate depends on its length.
         if trained != value and (name != "epochs" or run["args"]["schedule"] != "constant"):
             raise ValueError(f"--{name.replace('_', '-')} {value}: {path} was trained with "
                              f"{trained}; give the same, or another --out")
@@ -473,15 +493,15 @@ def validate(args, epoch, model, tiles, indices, loss_fn, device, rank, world_si
     check_finite(losses, epoch, "validation tile", args.out)
     metrics = compute_metrics(confusions, args.ignore_index)
     return {"val_loss": losses.mean().item(),
-            **{f"val_{name}_{average}": metrics[average][name] or 0.0
+            **{f"val_{name}_{average}": metrics[average][name] or 0.0  # None: no class on any tile
                for average in ("per_tile", "global") for name in ("iou", "f1")}}
 
 
-LOWER_RATE = "try a smaller --lr in another --out; {} holds the last good state, if it is there"
+LOWER_RATE = "try a smaller --lr in another --out; if {} exists, it holds the last good state"
 
 
 def check_finite(losses, epoch, what, out):
-    """ValueError if a loss of this epoch's steps or tiles, `what`, is not finite."""
+    """ValueError if a loss of this epoch is not finite; `what` has one each, say, "step"."""
     bad = (~losses.isfinite()).nonzero()
     if len(bad):
         first = bad[0, 0].item()
@@ -508,7 +528,7 @@ def finish_epoch(folder, log, save):
 
 
 def is_best(log):
-    """Whether no epoch has a better validation IoU than the last."""
+    """Whether the last epoch's validation IoU is the best so far, or equal to it."""
     return log[-1]["val_iou_per_tile"] == max(row["val_iou_per_tile"] for row in log)
 
 
@@ -516,6 +536,7 @@ def test(args, run, tiles, indices, loss_fn, device, rank, world_size):
     """Score the test tiles with the best epoch's weights; print and write scores -> metrics."""
     checkpoint = on_rank_0(load_checkpoint, args.out / "best.pt")
     model = build_model(checkpoint, args.out / "best.pt").to(device)
+    # Without --bf16, as eval.py scores: both print the same digits.
     confusions, _ = evaluate(model, tiles, indices, loss_fn, device, args.batch_size, rank,
                              world_size)
     metrics = compute_metrics(confusions, args.ignore_index)

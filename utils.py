@@ -1,4 +1,4 @@
-"""What several scripts share and no reader comes for: files, the command line, devices, processes.
+"""Helpers that several scripts share: files, the command line, devices, processes.
 
 Nothing here knows a data set or the inside of a network.
 """
@@ -28,7 +28,7 @@ except ImportError:  # Windows
 
 @contextmanager
 def write_atomic(path):
-    """Open a binary file for writing that gets its name only when it is whole.
+    """Open a binary file for writing that gets its name only once it is complete.
 
     It is written beside that name, flushed and renamed. Raises OSError naming it if that fails; an
     earlier file of that name is then untouched. Links stay links. Devices are written to directly,
@@ -172,14 +172,14 @@ def print_progress(line):
         next_line_at = time.time() + 60
 
 
-def number(kind, least=None, most=math.inf):
-    """An argparse type: a finite int or float, at least `least` (None: above 0), at most `most`."""
+def number(kind, minimum=None, maximum=math.inf):
+    """An argparse type: a finite number from `minimum` (None: above 0) to `maximum`, inclusive."""
     def parse(text):
         value = kind(text)
-        large_enough = value > 0 if least is None else value >= least
-        if not large_enough or value > most or value == math.inf:
-            lower = "above 0" if least is None else f"of at least {least}"
-            upper = f" and at most {most}" if most < math.inf else ""
+        large_enough = value > 0 if minimum is None else value >= minimum
+        if not large_enough or value > maximum or value == math.inf:
+            lower = "above 0" if minimum is None else f"of at least {minimum}"
+            upper = f" and at most {maximum}" if maximum < math.inf else ""
             raise ArgumentTypeError(f"{text} is not a number {lower}{upper}")
         return value
     parse.__name__ = kind.__name__  # argparse names it in its own errors
@@ -190,24 +190,24 @@ PICTURES = (".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff", ".gif", ".bmp", "
 
 
 def output(text):
-    """An argparse type: the name of a file to write, whose folder is there."""
+    """An argparse type: the name of a file to write, in a folder that exists."""
     if not Path(text).name or not Path(text).parent.is_dir() or Path(text).is_dir():
-        raise ArgumentTypeError(f"{text} is no file in a folder that is there: name a file, in a "
-                                "folder that is there")
+        raise ArgumentTypeError(f"{text} cannot be written: name a file in a folder that exists")
     return text
 
 
 def picture(text):
     """An argparse type: the name of a picture to write."""
     if Path(text).suffix.lower() not in PICTURES:
-        raise ArgumentTypeError(f"{text} does not end as pictures do: name it, for one, .png")
+        raise ArgumentTypeError(f"{text} is not the name of a picture: let it end in "
+                                f"{', '.join(PICTURES)}")
     return output(text)
 
 
 def run_cli(main, parse_args, after_interrupt="nothing unfinished was kept"):
     """Run a script. Bad input and lack of memory end it with one line and exit status 2."""
     name, is_first = Path(sys.argv[0]).name, int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if sys.stdout:
+    if hasattr(sys.stdout, "reconfigure"):  # not if it is closed, or a notebook's
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that names have
     try:
         main(parse_args())
@@ -221,7 +221,7 @@ def run_cli(main, parse_args, after_interrupt="nothing unfinished was kept"):
         if lacks_memory:
             text = f"out of memory ({text}): give less at a time, or use a smaller network"
         elif isinstance(error, RuntimeError):
-            raise  # a mistake of ours
+            raise  # a bug: show the traceback
         if is_first or lacks_memory:  # else one process speaks for all of its node
             print_progress("")
             print(f"{name}: {text}", file=sys.stderr)
@@ -232,13 +232,15 @@ def run_cli(main, parse_args, after_interrupt="nothing unfinished was kept"):
 
 
 def is_out_of_memory(error):
-    """Whether it is Python's error for that or PyTorch's, which on a CPU has no type of its own."""
-    words = "out of memory", "allocate memory", "enough memory"
+    """Whether memory ran out: a MemoryError, or PyTorch's, which on a CPU is a RuntimeError."""
+    words = ("out of memory", "allocate memory", "enough memory", "ALLOC_FAILED",
+             "unable to find an engine")  # cuDNN, whose engines need memory of their own
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and
                                               any(some in first_line(error) for some in words))
 
 
 def first_line(error):
+    """The first line of an error's message, or the name of its type if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -251,18 +253,22 @@ def pick_device(name=None):
 
     Raises ValueError if it does not work here, or has fewer cards than torchrun has processes.
     """
+    is_one_of_several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if name is None:
         name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
+                "mps" if torch.backends.mps.is_available() and not is_one_of_several else "cpu")
+    if name.startswith("mps") and is_one_of_several:
+        raise ValueError("--device mps: nothing connects processes there: give torchrun "
+                         "train.py --device cpu, or leave out torchrun")
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # each of torchrun's processes has a card
         processes, cards = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        if 0 < cards < processes:  # found by the first process, too, which alone speaks
+        if 0 < cards < processes:  # so that the first process finds it, too, which alone prints
             raise ValueError(f"{processes} processes, but {cards} GPU{'s' if cards > 1 else ''}: "
                              f"give torchrun --nproc-per-node {cards}, or train.py --device cpu")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"--device {name} does not work here: {first_line(error)}") from None
     if device.type not in ("cuda", "mps", "cpu"):
         raise ValueError(f"--device {name}: give cuda, mps or cpu")
@@ -281,7 +287,7 @@ def device_name(device):
 
 
 def autocast(device, bf16=False):
-    """Half precision on CUDA, bfloat16 or, where a card has none, float16; on a CPU if `bf16`."""
+    """Autocast to bfloat16 on CUDA (float16 where a GPU lacks it), and on a CPU if `bf16`."""
     if device.type != "cuda":
         return torch.autocast("cpu", torch.bfloat16, enabled=bf16)
     bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -289,7 +295,7 @@ def autocast(device, bf16=False):
 
 
 def to_device(tensor, device):
-    """Copy to `device`, on CUDA without waiting. (MPS could read memory that is free by then.)"""
+    """Copy to `device`, on CUDA without waiting. (MPS could read the source after it was freed.)"""
     return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
@@ -301,13 +307,13 @@ def to_device(tensor, device):
 def setup_processes(device):
     """Join torchrun's processes, if there are any -> rank of this one, how many there are.
 
-    They talk by NCCL on CUDA devices, which are then one for each, and by gloo on any other.
+    They communicate by NCCL on CUDA, one GPU each, and by gloo on any other device.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", errors="replace")  # as in run_cli
     return rank, world_size
 
 

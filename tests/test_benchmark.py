@@ -1,5 +1,6 @@
 """benchmark.py: the baseline computes what ours does, and the measuring measures."""
 
+import inspect
 import itertools
 import json
 
@@ -8,8 +9,8 @@ import torch
 
 import benchmark
 from benchmark import NaiveFusion, build_step, naive_batch
-from data import (BRIGHTNESS, CHANCE, Tiles, augment, draw_augmentation, generator, get_batch,
-                  synthetic)
+from data import (BRIGHTNESS, CHANCE, Tiles, augment, draw_augmentation, get_batch,
+                  seeded_generator, synthetic)
 from models import FusionSkip
 
 CPU = torch.device("cpu")
@@ -47,6 +48,13 @@ def test_the_baseline_learns_the_same_from_a_batch(skip, monkeypatch):
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
 
 
+def test_the_baseline_replaces_every_fusion_skip():
+    batch = get_batch(synthetic(1), torch.arange(1), CPU)
+    step = build_step(flags("--width 2"), "double_unet", "fusion", *batch, CPU, naive=True)
+    network = inspect.getclosurevars(step).nonlocals["network"]
+    assert [type(skip) for skip in network.skip] == [NaiveFusion, NaiveFusion]
+
+
 def test_naive_augmentation_moves_image_and_mask_alike_and_about_as_far_as_ours():
     y, x = torch.meshgrid(torch.arange(224), torch.arange(224), indexing="ij")
     board = (255 * ((x // 56 + y // 56) % 2)).to(torch.uint8)
@@ -58,7 +66,8 @@ def test_naive_augmentation_moves_image_and_mask_alike_and_about_as_far_as_ours(
     assert agree.min() > 0.95
     moved = (masks != tiles.masks).float().mean().item()
     batch = get_batch(tiles, torch.arange(40), CPU)
-    ours = (augment(*batch, draw_augmentation(40, generator(0)))[1] != tiles.masks).float().mean()
+    augmented = augment(*batch, draw_augmentation(40, seeded_generator(0)))
+    ours = (augmented[1] != tiles.masks).float().mean()
     assert 0.2 < moved < 0.8 and moved == pytest.approx(ours.item(), abs=0.12)
 
 
@@ -69,7 +78,7 @@ def test_naive_brightness_is_one_factor_a_tile_as_strong_as_ours():
     after, _ = naive_batch(tiles, torch.arange(200), CPU)
     factors = (after / before)[..., 16, 16]  # the centre, into which no border is turned
     torch.testing.assert_close(factors, factors[:, :1].expand(-1, 3))
-    ours = draw_augmentation(200, generator(0))["brightness"]
+    ours = draw_augmentation(200, seeded_generator(0))["brightness"]
     for draws in factors, ours:
         lowest, highest = (draws - 1).min().item(), (draws - 1).max().item()
         assert (lowest, highest) == pytest.approx((-BRIGHTNESS, BRIGHTNESS), abs=0.02)

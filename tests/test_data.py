@@ -411,6 +411,9 @@ BAD_PREPARED = {
     "pickled objects": (masks(np.array([{}, None])), r"masks\.npy"),
     "table too short": (edit("tiles.csv", lambda text: text[:-12]), r"images\.npy.* 1 "),
     "table cut off": (edit("tiles.csv", lambda text: text[:-10]), r"tiles\.csv"),
+    "several arrays": (lambda folder: np.savez(folder / "x.npz", noise(2, 2)) or
+                       (folder / "x.npz").replace(folder / "images.npy"), r"images\.npy"),
+    "table with an open quote": (put("tiles.csv", 'image,row\n"' + "a" * 2**18), r"tiles\.csv"),
     "table without header": (put("tiles.csv", "a,0,0,train\n" * 3), r"tiles\.csv"),
 }
 

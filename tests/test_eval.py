@@ -328,11 +328,11 @@ def test_no_network_gets_an_empty_batch_where_processes_outnumber_tiles():
 @pytest.mark.parametrize("flags, message", [
     (["--figure", "x.png", "--tiles", "nowhere/0/0"], "nowhere/0/0: no such test tile"),
     (["--tiles", "image-1/0/0"], "--tiles is for --figure"),
-    (["--json", "no/folder/scores.json"], "no/folder/scores.json is no file in a folder that is"),
-    (["--curves", "no/folder/curves.png"], "no/folder/curves.png is no file in a folder that is"),
-    (["--figure", "figure.txt"], "figure.txt does not end as pictures do"),
-    (["--curves", "curves.psd"], "curves.psd does not end as pictures do"),
-    (["--json", ".."], ".. is no file in a folder that is there"),
+    (["--json", "no/folder/scores.json"], "no/folder/scores.json cannot be written: name a file"),
+    (["--curves", "no/folder/curves.png"], "no/folder/curves.png cannot be written: name a file"),
+    (["--figure", "figure.txt"], "figure.txt is not the name of a picture: let"),
+    (["--curves", "curves.psd"], "curves.psd is not the name of a picture: let"),
+    (["--json", ".."], ".. cannot be written: name a file in a"),
     (["--ensemble"], "two of these have the same: name each once"),
     (["--batch-size", "0"], "0 is not a number above 0"), (["--device", "abacus"], "abacus")])
 def test_impossible_flags_are_refused_by_name(whole, capsys, tmp_path, monkeypatch, flags,

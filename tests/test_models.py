@@ -6,6 +6,7 @@ What holds for any network and skip is claimed of all in MODELS and SKIPS, yours
 
 import copy
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -274,9 +275,10 @@ def test_networks_take_the_sides_that_they_name_and_no_others(model):
             network(torch.randn(1, 3, height, width))
 
 
-@pytest.mark.parametrize("names", [("no network", "conv"), ("unet", "no skip")])
-def test_a_name_in_no_table_is_refused(names):
-    told = "no network is called '{}' with '{}' skips: there are unet, ".format(*names)
+@pytest.mark.parametrize("names, told", [
+    (("no network", "conv"), "no network is called 'no network': there are unet, "),
+    (("unet", "no skip"), "no skip is called 'no skip': there are standard, ")])
+def test_a_name_in_no_table_is_refused(names, told):
     with pytest.raises(ValueError, match=told):
         create_model(*names, 1)
 
@@ -466,12 +468,24 @@ def test_weights_that_fit_only_partly_are_refused_by_name(swin, tmp_path, change
     assert all(map(torch.equal, encoder.state_dict().values(), swin.encoder.state_dict().values()))
 
 
+class RunsCode:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
 def test_weights_that_are_missing_or_damaged_are_named(swin, tmp_path):
     (tmp_path / "page.pth").write_text("<html>quota exceeded</html>")
     with pytest.raises(ValueError, match="page.pth: not weights"):
         load_encoder(swin.encoder, tmp_path / "page.pth")
     with pytest.raises(FileNotFoundError, match="none.pth: no such file"):
         load_encoder(swin.encoder, tmp_path / "none.pth")
+    torch.save({"model": RunsCode(tmp_path / "ran")}, tmp_path / "code.pth")
+    with pytest.raises(ValueError, match="code.pth: not weights"):
+        load_encoder(swin.encoder, tmp_path / "code.pth")
+    assert not (tmp_path / "ran").exists()
 
 
 ASK = """import time

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -229,6 +231,19 @@ def save(path, array):
     return lambda raw: Image.fromarray(array).save(raw / path)
 
 
+def png_of_4_bits(array):
+    """A grey PNG with 4 bits a pixel, which Pillow reads but does not write."""
+    def chunk(kind, content):
+        return (struct.pack(">I", len(content)) + kind + content +
+                struct.pack(">I", zlib.crc32(kind + content)))
+
+    height, width = array.shape
+    lines = b"".join(b"\0" + (line[::2] << 4 | line[1::2]).tobytes() for line in array)
+    header = struct.pack(">IIBBBBB", width, height, 4, 0, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines))
+            + chunk(b"IEND", b""))
+
+
 def remove(pattern):
     return lambda raw: [path.unlink() for path in raw.glob(pattern)]
 
@@ -263,6 +278,8 @@ BAD = {
     "a JPEG mask": (lambda raw: (remove("masks/image-1.png")(raw), save(
         "masks/image-1.jpg", noise(230, 300, high=2))(raw)), (), "image-1.jpg: a JPEG"),
     "no such folder": (shutil.rmtree, (), "raw: no such folder: give the one that holds images"),
+    "4-bit mask": (lambda raw: (raw / "masks/image-1.png").write_bytes(
+        png_of_4_bits(noise(230, 300, high=2))), (), "image-1.png: less than 8 bits"),
     "16-bit mask": (save("masks/image-1.png", noise(230, 300).astype(np.uint16)), (),
                     "replace colours by indices"),
     "colours": (save("masks/image-1.png", noise(230, 300, 3)), (), "mode RGB, but a mask"),

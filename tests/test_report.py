@@ -161,10 +161,12 @@ def test_skips_are_compared_seed_by_seed_and_image_by_image():
     assert conv[0] == "3 seeds" and conv[5] == "+2.58 to +27.42" and conv[8] == "199"
 
 
-def test_runs_tested_on_other_images_are_not_compared():
+def test_runs_tested_on_other_images_are_neither_compared_nor_averaged():
     other = scores("conv", 0, (0.5, 0.5, 0.5)) | {"images": ["A", "A", "C"]}
     with pytest.raises(ValueError, match="monuseg, tile, unet, conv and .* different test"):
         report.skip_differences([RUNS[0], other])
+    with pytest.raises(ValueError, match="monuseg, tile, unet, conv have different test images"):
+        report.table_2([RUNS[3], other])
 
 
 def test_tiles_without_a_class_and_sets_without_the_papers_number():

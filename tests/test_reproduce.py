@@ -55,7 +55,7 @@ def test_every_cell_of_the_table_is_trained_whatever_becomes_of_the_others(repro
     assert len(failed) == 6 and all("--skip conv" in line and "no such luck" in line
                                     for line in failed)
     page = next(line for line in done.stdout.splitlines() if line.startswith("page of"))
-    assert page.count("scores.json") == 12 and page.endswith("--page runs/README.md")
+    assert page.count("scores.json") == 12 and page.endswith("--page runs/monuseg.md")
 
 
 def test_without_a_data_set_it_says_what_it_takes(reproduce, tmp_path):
@@ -136,11 +136,11 @@ def test_a_page_that_cannot_be_made_is_no_success(reproduce, tmp_path):
 
 def test_it_trains_for_real_and_makes_a_page(tmp_path):
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs/README.md").write_text("<!-- scores -->\n<!-- end -->\n")
+    (tmp_path / "runs/synthetic.md").write_text("<!-- scores -->\n<!-- end -->\n")
     command = ["bash", ROOT / "reproduce.sh", "synthetic", "--models", "unet", "--skips",
                "conv", "--seeds", "0", "--width", "2", "--epochs", "1", "--batch-size", "35"]
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path,
                    env=os.environ | {"PYTHON": sys.executable})
     log, = (tmp_path / "runs").glob("*.log")
     assert log.read_text().count("test, 10 tiles") == 1
-    assert "synthetic" in (tmp_path / "runs/README.md").read_text()
+    assert "synthetic" in (tmp_path / "runs/synthetic.md").read_text()

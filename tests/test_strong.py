@@ -280,8 +280,9 @@ def test_an_ensemble_takes_the_mean_of_the_logits(strong, root, tmp_path, capsys
     assert result["whole"]["iou"] not in [one["whole"]["iou"] for one in alone]
     one = torch.load(paths[0])
     for number, change in enumerate((
-            {"split": "of other tiles"}, {"num_classes": 3},
-            {"args": one["args"] | {"skip": "conv"}}, {"args": one["args"] | {"stain": 0.5}})):
+            {"split": "of other tiles"}, {"num_classes": 3}, {"recipe_version": 2},
+            {"weights": "of elsewhere"}, {"args": one["args"] | {"skip": "conv"}},
+            {"args": one["args"] | {"stain": 0.5}})):
         odd = tmp_path / f"{number}.pt"
         torch.save(one | change, odd)
         line = refused(capsys, evaluation, *paths, odd, "--ensemble")

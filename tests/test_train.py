@@ -207,6 +207,8 @@ def test_defaults_are_the_papers_recipe(name, model, epochs, batch_size, lr):
     ("--data bcss --skip conv --skip-depth 3", "bcss-unet-conv-skipdepth3-seed0"),
     ("--data bcss --skip conv --skip-depth 1", "bcss-unet-conv-seed0"),
     ("--data bcss --ignore-index 0 2", "bcss-unet-standard-ignoreindex0-2-seed0"),
+    ("--data bcss --ignore-index 2 0 2", "bcss-unet-standard-ignoreindex0-2-seed0"),
+    ("--data bcss --augment elastic flip", "bcss-unet-standard-augmentflip-elastic-seed0"),
     ("--data monuseg --model swin_unet --no-pretrained --lr 1e-4 --epochs 5",
      "monuseg-swin_unet-standard-epochs5-lr0.0001-scratch-seed0"),
     ("--data monuseg --width 16 --epochs 5", "monuseg-unet-standard-epochs5-width16-seed0"),
@@ -840,10 +842,11 @@ def test_an_average_starts_from_the_pretrained_weights(tmp_path, monkeypatch):
     args = train.parse_args(["--data", "synthetic", "--ema", "0.9"])
     args.width = 2
     model, scored, optimizer, scaler = train.build_training(args, 1, torch.device("cpu"))
-    assert train.resume(args, {}, model, scored, optimizer, scaler) == {"weights": "weights"}
+    changed = train.start_or_resume(args, {}, model, scored, optimizer, scaler)
+    assert changed == {"weights": "weights"}
     assert scored is not model and (scored.head.weight == 3).all()
     args.no_pretrained = True
-    assert train.resume(args, {}, model, scored, optimizer, scaler) == {}
+    assert train.start_or_resume(args, {}, model, scored, optimizer, scaler) == {}
 
 
 def test_resume_refuses_other_pretrained_weights(monkeypatch):
@@ -853,7 +856,12 @@ def test_resume_refuses_other_pretrained_weights(monkeypatch):
     for weights, no_pretrained in ("other.pth", False), (None, True):
         args.weights, args.no_pretrained = weights, no_pretrained
         with pytest.raises(ValueError, match="started with encoder weights from a.pth, not"):
-            train.resume(args, {}, *parts)
+            train.start_or_resume(args, {}, *parts)
+    monkeypatch.setattr(type(parts[0]), "pretrained", True)
+    monkeypatch.setattr(train, "read_last", lambda *_: {"weights": "from scratch"})
+    args.weights = args.no_pretrained = None
+    with pytest.raises(ValueError, match="started with from scratch, not pretrained"):
+        train.start_or_resume(args, {}, *parts)
 
 
 def test_the_network_is_trained_on_what_augmentation_gives_normalised(tmp_path, monkeypatch, seen):

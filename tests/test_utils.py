@@ -158,7 +158,7 @@ def test_the_first_part_that_is_not_as_the_schema_says_is_named(value, schema, w
 @pytest.mark.parametrize("parse, good, bad", [
     (number(int), {"1": 1, "+07": 7}, "0 -3 1.5 a inf 1e3"),
     (number(float), {"1e-9": 1e-9, "3": 3.0}, "0 -1 nan inf -inf 1e999 a"),
-    (number(int, least=0, most=9), {"0": 0, "9": 9}, "-1 10")])
+    (number(int, minimum=0, maximum=9), {"0": 0, "9": 9}, "-1 10")])
 def test_numbers_out_of_their_range_are_refused_by_name(parse, good, bad, capsys):
     parser = argparse.ArgumentParser()
     parser.add_argument("--rate", type=parse)
@@ -172,7 +172,7 @@ def test_numbers_out_of_their_range_are_refused_by_name(parse, good, bad, capsys
 
 def test_the_range_of_a_number_is_told_as_one_would_say_it():
     for parse, text, told in [(number(int), "0", "0 is not a number above 0"),
-                              (number(float, least=0, most=1), "-1",
+                              (number(float, minimum=0, maximum=1), "-1",
                                "-1 is not a number of at least 0 and at most 1")]:
         with pytest.raises(argparse.ArgumentTypeError) as error:
             parse(text)
@@ -276,6 +276,10 @@ def test_lack_of_memory_is_one_line(capsys):
     script = SimpleNamespace(main=lambda args: torch.empty(10**15), parse_args=list)
     line = refused(capsys, script).partition(": ")[2]
     assert line.startswith("out of memory (") and line.endswith("or use a smaller network")
+    for words in ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+                  "FIND was unable to find an engine to execute this computation"):
+        script.main = lambda args, words=words: raise_(RuntimeError(words))
+        assert words in refused(capsys, script)
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(capsys):
@@ -288,7 +292,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(capsys):
 # Devices and processes
 
 
-@pytest.mark.parametrize("name", ["abacus", "meta", "cuda:99", ""])
+@pytest.mark.parametrize("name", ["abacus", "meta", "cuda:99", "hpu", ""])
 def test_a_device_that_does_not_work_here_is_named(name):
     with pytest.raises(ValueError, match=f"--device {name}"):
         pick_device(name)
@@ -300,6 +304,15 @@ def test_more_processes_than_cards_are_refused_by_the_one_that_speaks(monkeypatc
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(ValueError, match="2 processes, but 1 GPU: .* --nproc-per-node 1, or"):
         pick_device("cuda")
+
+
+def test_several_processes_do_not_take_mps_which_cannot_connect_them(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert pick_device().type == "cpu"
+    with pytest.raises(ValueError, match="--device mps: nothing connects processes"):
+        pick_device("mps")
 
 
 def test_without_a_name_there_is_always_a_device():
