@@ -1,7 +1,7 @@
 """Time and memory of a training step, next to the same network as it is commonly written.
 
-    python benchmark.py                     # the paper's networks: minutes on a CPU
-    python benchmark.py --compile           # on a GPU: batches of 8 and 50, as in the paper
+    python benchmark.py                     # the paper's networks; minutes on a CPU, batches of 2
+    python benchmark.py --compile           # ours compiled; on a GPU, batches of 8 and 50
     python benchmark.py --json speed.json
 
 The baseline is float32, contiguous and eager, with Adam's defaults, a fusion skip that convolves
@@ -120,7 +120,7 @@ def seconds(work, device):
 
 
 def compare(ours, baseline, n, device, repeats):
-    """Time both in turns on n tiles, after one to warm up -> our speed, and the ratio's spread."""
+    """Time both in turns on n tiles, after a warm-up -> our speed, and the spread of the ratio."""
     pairs = [(seconds(ours, device), seconds(baseline, device)) for _ in range(1 + repeats)][1:]
     ratios, median = [b / a for a, b in pairs], statistics.median(a for a, _ in pairs)
     return {"seconds": median, "images_per_second": n / median,
@@ -214,14 +214,17 @@ def parse_args(argv=None):
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["unet", "swin_unet"],
                         help="networks (default: the paper's two)")
     parser.add_argument("--skips", nargs="+", choices=SKIPS,
-                        default=["standard", "conv", "fusion"], help="(default: the paper's three)")
+                        default=["standard", "conv", "fusion"],
+                        help="skip connections (default: the paper's three)")
     parser.add_argument("--batch-size", type=number(int), nargs="+", metavar="TILES",
-                        help="one or several (default: 8 50 on CUDA, 2 elsewhere)")
+                        help="batch sizes (default: 8 50 on CUDA, 2 elsewhere)")
     parser.add_argument("--width", type=number(int, maximum=1024), default=64,
-                        help="of the U-Net (default: 64)")
-    parser.add_argument("--repeats", type=number(int), default=5, help="of each time (default: 5)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile ours")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute maps in ours")
+                        help="channels of the U-Net's first level (default: 64)")
+    parser.add_argument("--repeats", type=number(int), default=5, help="timings of each step, "
+                        "of which the median counts (default: 5)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile our side")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute feature maps "
+                        "on our side")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--json", type=output, metavar="FILE",
                         help="also write all numbers to FILE")

@@ -37,13 +37,14 @@ from utils import number, print_progress, run_cli, write_atomic
 CLASSES = [(1, 40), (3, 40), (6, 40), (12, 40), (22, 40)]
 GRAINS = [(6, 20), (6, 40), (6, 80), (6, 160)]
 SEEDS = range(5)
-PAPERS, OTHERS = ("standard", "conv", "fusion"), ("nested", "fusionunet")
-BLOCKS = [(CLASSES, PAPERS), (GRAINS, PAPERS), (CLASSES, OTHERS)]  # in the order of their training
+PAPER_SKIPS, OTHER_SKIPS = ("standard", "conv", "fusion"), ("nested", "fusionunet")
+# In the order of their training.
+BLOCKS = [(CLASSES, PAPER_SKIPS), (GRAINS, PAPER_SKIPS), (CLASSES, OTHER_SKIPS)]
 TILES = {"train": 480, "val": 40, "test": 240}
 RECIPE = "--width 16 --epochs 2 --batch-size 2 --lr 4e-3 --schedule cosine".split()
 
-# What counts as a result.
-SCORE, LEVEL, WORTH = "per_tile", 0.05, 0.01  # average, level of each test, difference of interest
+# What counts as a result: of which average, at which level of all tests together, from which gain.
+AVERAGE, LEVEL, MIN_GAIN = "per_tile", 0.05, 0.01
 
 DATA, RUNS, RESULTS = Path("data"), Path("runs", "complexity"), Path("results", "complexity")
 
@@ -54,13 +55,13 @@ def set_name(classes, grain):
 
 def all_cells():
     """Every cell once -> list of (set, skip, seed), those of one seed before those of the next."""
-    cells = [(which, skip, seed) for sets, skips in BLOCKS for seed in SEEDS for which in sets
+    cells = [(data_set, skip, seed) for sets, skips in BLOCKS for seed in SEEDS for data_set in sets
              for skip in skips]
     return list(dict.fromkeys(cells))  # six classes at grain 40 are on both axes
 
 
-def cell_name(which, skip, seed):
-    return f"{set_name(*which)}-{skip}-seed{seed}"
+def cell_name(data_set, skip, seed):
+    return f"{set_name(*data_set)}-{skip}-seed{seed}"
 
 
 # -----------------------------------------------------------------------------
@@ -72,11 +73,12 @@ def draw_sets(sets):
 
     Their tiles are the same, and so are the tiles' parts; only their labels are merged differently.
     """
-    missing = [which for which in sets if not (DATA / set_name(*which)).exists()]
+    missing = [data_set for data_set in sets if not (DATA / set_name(*data_set)).exists()]
     if not missing:
         return
     parts = [part for part, count in TILES.items() for _ in range(count)]
-    print(f"drawing {len(parts)} tiles for {', '.join(set_name(*which) for which in missing)}")
+    names = ", ".join(set_name(*data_set) for data_set in missing)
+    print(f"drawing {len(parts)} tiles for {names}")
     images, labels = map(np.stack, zip(*(
         tissue_tile(np.random.default_rng([2027, tile]), missing[0][1])
         for tile in range(len(parts)))))
@@ -138,17 +140,17 @@ def p_value(values):
 
 
 def holm(p_values):
-    """Holm's correction: p values of several comparisons -> those to be held against the level."""
-    # The last index, by ranks, puts them back in their own order.
+    """Holm's correction: p values of several comparisons -> adjusted p values, in that order."""
+    # Indexing by rank, at the end, restores the original order.
     rising = np.sort(p_values) * np.arange(len(p_values), 0, -1)
     return np.maximum.accumulate(rising).clip(max=1)[np.argsort(np.argsort(p_values))]
 
 
-def differences(results, which, skip):
+def differences(results, data_set, skip):
     """{seed: IoU of a skip minus that of the standard one, 0..1} of the seeds that have both."""
-    return {seed: results[which, skip, seed][SCORE]["iou"]
-            - results[which, "standard", seed][SCORE]["iou"] for seed in SEEDS
-            if {(which, skip, seed), (which, "standard", seed)} <= results.keys()}
+    return {seed: results[data_set, skip, seed][AVERAGE]["iou"]
+            - results[data_set, "standard", seed][AVERAGE]["iou"] for seed in SEEDS
+            if {(data_set, skip, seed), (data_set, "standard", seed)} <= results.keys()}
 
 
 # -----------------------------------------------------------------------------
@@ -156,15 +158,15 @@ def differences(results, which, skip):
 
 
 def fusion_pays(results):
-    """The primary comparison; no p value before the last seed, lest it make one stop early."""
-    compared = [[*differences(results, which, "fusion").values()] for which in CLASSES]
+    """The primary comparison; no p value before the last seed, which could tempt to stop early."""
+    compared = [[*differences(results, data_set, "fusion").values()] for data_set in CLASSES]
     columns = [["-"] * len(CLASSES)] * 3
     if all(len(values) == len(SEEDS) for values in compared):
-        raw = [p_value(values) for values in compared]
-        corrected = holm(raw)
-        pays = ["yes" if p < LEVEL and statistics.mean(values) >= WORTH else "no"
+        p_values = [p_value(values) for values in compared]
+        corrected = holm(p_values)
+        pays = ["yes" if p < LEVEL and statistics.mean(values) >= MIN_GAIN else "no"
                 for p, values in zip(corrected, compared)]
-        columns = [[f"{p:.4f}" for p in raw], [f"{p:.4f}" for p in corrected], pays]
+        columns = [[f"{p:.4f}" for p in p_values], [f"{p:.4f}" for p in corrected], pays]
     return markdown(["Classes", "fusion - standard", "p", "p after Holm", "Fusion pays"], [
         [k, mean_and_error(values), *row]
         for (k, _), values, *row in zip(CLASSES, compared, *columns)])
@@ -173,10 +175,10 @@ def fusion_pays(results):
 def trend(results):
     """Slope of a skip's difference for every doubling of the number of classes, seed by seed."""
     rows = []
-    for skip in (*PAPERS[1:], *OTHERS):
-        columns = [differences(results, which, skip) for which in CLASSES]
-        slopes = [np.polyfit(np.log2([k for k, _ in CLASSES]), [by[seed] for by in columns], 1)[0]
-                  for seed in SEEDS if all(seed in by for by in columns)]
+    for skip in (*PAPER_SKIPS[1:], *OTHER_SKIPS):
+        by_seed = [differences(results, data_set, skip) for data_set in CLASSES]
+        slopes = [np.polyfit(np.log2([k for k, _ in CLASSES]), [one[seed] for one in by_seed], 1)[0]
+                  for seed in SEEDS if all(seed in one for one in by_seed)]
         if slopes:
             rows.append([f"{skip} - standard", mean_and_error(slopes),
                          f"{p_value(slopes):.4f}" if len(slopes) == len(SEEDS) else "-"])
@@ -185,14 +187,14 @@ def trend(results):
 
 def draw_picture(results):
     """Differences to the standard skip, over the number of classes and the size of the regions."""
-    others = [skip for skip in OTHERS if any(trained == skip for _, trained, _ in results)]
+    others = [skip for skip in OTHER_SKIPS if any(trained == skip for _, trained, _ in results)]
     panels = {}
     for title, sets, axis in (("classes (regions of 40 pixels)", CLASSES, 0),
                               ("size of the regions in pixels (6 classes)", GRAINS, 1)):
         panels[title] = {f"{skip} - standard": {
-            which[axis]: [100 * value for value in differences(results, which, skip).values()]
-            for which in sets} for skip in (*PAPERS[1:], *others)}
-    return draw_error_bars(f"difference in IoU {SCORE.replace('_', ' ')}, points", panels)
+            data_set[axis]: [100 * value for value in differences(results, data_set, skip).values()]
+            for data_set in sets} for skip in (*PAPER_SKIPS[1:], *others)}
+    return draw_error_bars(f"difference in IoU {AVERAGE.replace('_', ' ')}, points", panels)
 
 
 TABLES = {
@@ -235,8 +237,8 @@ def main(args):
     if not args.report:
         for folder in RUNS, RESULTS:
             folder.mkdir(parents=True, exist_ok=True)
-        sets = dict.fromkeys(which for which, _, _ in all_cells())
-        for of_one_grain in group_by(sets, lambda which: which[1]).values():
+        sets = dict.fromkeys(data_set for data_set, _, _ in all_cells())
+        for of_one_grain in group_by(sets, lambda data_set: data_set[1]).values():
             draw_sets(of_one_grain)
         failed = train_cells(all_cells(), args.jobs)
     make_page()

@@ -1,6 +1,7 @@
 """Every picture: training curves (the paper's Fig. 2), error bars, tiles (Figs. 3-5, and a sheet).
 
-All functions take plain numbers and arrays and return a Pillow image.
+draw_curves, draw_error_bars, draw_figure and draw_preview take plain numbers and arrays, and return
+a Pillow image.
 """
 
 import itertools
@@ -20,8 +21,9 @@ PALETTE = np.array([
     (106, 21, 42), (42, 0, 64), (106, 106, 191), (191, 0, 0)], np.uint8)
 
 GREEN = (0, 255, 0)  # shows best on stained tissue
+# True positives, false positives, false negatives.
 FOUND, FALSE_ALARM, MISSED = (255, 255, 255), (213, 94, 0), (86, 180, 233)
-LINES = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0),
+LINE_COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0),
          (86, 180, 233), (0, 0, 0), (136, 0, 255), (102, 51, 17), (17, 34, 136), (85, 255, 119),
          (85, 68, 85))  # any two differ by at least 16, as above
 
@@ -47,27 +49,28 @@ def round_ticks(low, high):
 
 
 def draw_axes(draw, font, left, heading, label, ticks, zero="#dddddd"):
-    """Draw a panel's heading, the name of its x axis and a line for each tick -> y of a value.
+    """Draw a panel's heading, the name of its x axis and a line for each tick -> y_of(value).
 
-    `left` is its left edge in pixels, `zero` the colour of the line at 0.
+    `left` is its left edge in pixels, `zero` the colour of the line at 0. `y_of` turns a value into
+    pixels from the top of the picture.
     """
     right, top, bottom = left + 500, 60, 400
 
-    def height(value):
+    def y_of(value):
         return bottom - (bottom - top) * (value - ticks[0]) / (ticks[-1] - ticks[0])
 
     draw.text(((left + right) / 2, 32), heading, "black", font, anchor="mm")
     draw.text(((left + right) / 2, bottom + 38), label, "black", font, anchor="mm")
     for value in ticks:
-        y = height(value)
+        y = y_of(value)
         draw.line((left, y, right, y), "#dddddd" if abs(value) > 1e-9 else zero)
         draw.text((left - 8, y), f"{value:.3g}", "black", font, anchor="rm")
-    return height
+    return y_of
 
 
 def draw_legend(draw, font, top, names):
     """Draw a line of each colour with its name, one below the other."""
-    for i, (name, colour) in enumerate(zip(names, itertools.cycle(LINES))):
+    for i, (name, colour) in enumerate(zip(names, itertools.cycle(LINE_COLOURS))):
         y = top + 24 * i
         draw.line((70, y, 110, y), colour, 3)
         draw.text((120, y), name, "black", font, anchor="lm")
@@ -95,15 +98,15 @@ def draw_curves(runs):
                round_ticks(min(*ious, 0.99), max(*ious, min(ious) + 0.01)))]
     for panel, (title, series, ticks) in enumerate(panels):
         left = 600 * panel + 70
-        height = draw_axes(draw, font, left, title, "epoch", ticks)
+        y_of = draw_axes(draw, font, left, title, "epoch", ticks)
 
         def place(epoch, value):
-            return left + 500 * (epoch - 0.5) / epochs, height(value)
+            return left + 500 * (epoch - 0.5) / epochs, y_of(value)
 
         for epoch in sorted({1, *range(every, epochs + 1, every)}):
             draw.text((place(epoch, 0)[0], 414), str(epoch), "black", font, anchor="mm")
         lines = []
-        for logs, colour in zip(runs.values(), itertools.cycle(LINES)):
+        for logs, colour in zip(runs.values(), itertools.cycle(LINE_COLOURS)):
             for key, width in series.items():
                 by_epoch = [*zip(*([row[key] for row in log] for log in logs))]
                 lowest, mean, highest = (
@@ -125,7 +128,8 @@ def draw_error_bars(heading, panels):
     """Draw means, with bars of one standard error up and down, over a logarithmic axis.
 
     panels: {what the axis shows: {name of a line: {place on the axis: values}}}, the same names and
-    at least two places in each. A place without values is left out, one value has no bar.
+    at least two places in each. A place without values is left out; a single value has no
+    bar.
     """
     font, names = ImageFont.load_default(size=15), [*next(iter(panels.values()))]
     picture = Image.new("RGB", (600 * len(panels), 460 + 24 * len(names)), "white")
@@ -138,19 +142,19 @@ def draw_error_bars(heading, panels):
         ends = [mean + sign * error for line in bars.values() for _, mean, error in line
                 for sign in (-1, 1)]
         ticks, places = round_ticks(min([-1, *ends]), max([1, *ends])), [*lines[names[0]]]
-        height = draw_axes(draw, font, left, heading, title, ticks, zero="black")
+        y_of = draw_axes(draw, font, left, heading, title, ticks, zero="black")
 
         def x_of(at):
             return left + 40 + 420 * math.log(at / places[0]) / math.log(places[-1] / places[0])
 
         for at in places:
             draw.text((x_of(at), 414), str(at), "black", font, anchor="mm")
-        for i, (line, colour) in enumerate(zip(bars.values(), LINES)):
+        for i, (line, colour) in enumerate(zip(bars.values(), LINE_COLOURS)):
             aside = 8 * (i - (len(names) - 1) / 2)  # pixels, so that no bar hides another
-            draw.line([(x_of(at) + aside, height(mean)) for at, mean, _ in line], colour, 2)
+            draw.line([(x_of(at) + aside, y_of(mean)) for at, mean, _ in line], colour, 2)
             for at, mean, error in line:
-                x, y = x_of(at) + aside, height(mean)
-                draw.line((x, height(mean - error), x, height(mean + error)), colour, 2)
+                x, y = x_of(at) + aside, y_of(mean)
+                draw.line((x, y_of(mean - error), x, y_of(mean + error)), colour, 2)
                 draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
     draw_legend(draw, font, 470, names)
     return picture
@@ -161,7 +165,7 @@ def draw_error_bars(heading, panels):
 
 
 def paint(prediction, mask, num_classes):
-    """Labels as colours -> (H, W, 3) uint8; of one class, what was found, missed and mistaken."""
+    """Labels (H, W) as colours (H, W, 3), uint8; of one class: found, missed and false alarm."""
     if num_classes > 1:
         return PALETTE[prediction]
     colours = np.zeros((*mask.shape, 3), np.uint8)
@@ -202,11 +206,11 @@ def draw_figure(titles, rows, names):
         for column, (panel, text) in enumerate(zip(panels, [caption, "", *captions])):
             picture.paste(Image.fromarray(panel), (10 + cell * column, y))
             draw.text((10 + cell * column, y + side + 4), text, "black", font)
-    draw_key(draw, legend, bottom, per_line)
+    draw_label_legend(draw, legend, bottom, per_line)
     return picture
 
 
-def draw_key(draw, legend, top, per_line):
+def draw_label_legend(draw, legend, top, per_line):
     """Draw a square of each colour with its name, `per_line` of them in a line of 22 pixels."""
     font = ImageFont.load_default(size=14)
     for i, (name, colour) in enumerate(legend):
@@ -236,5 +240,5 @@ def draw_preview(rows, names):
             border = outline(mask, 1 if len(names) == 1 else 3)
             tile = np.where(border[..., None], colours[mask], image)
             picture.paste(Image.fromarray(tile), (column * width, row * height))
-    draw_key(ImageDraw.Draw(picture), legend, bottom, per_line)
+    draw_label_legend(ImageDraw.Draw(picture), legend, bottom, per_line)
     return picture

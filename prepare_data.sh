@@ -20,7 +20,7 @@ absolute() { case $1 in /* | [A-Za-z]:*) echo "$1" ;; *) echo "$caller/$1" ;; es
 size() { wc -c <"$1" | tr -d ' '; }
 sha256() { { sha256sum 2>/dev/null || shasum -a 256; } <"$1" | cut -c 1-64; }
 
-lock() {  # FOLDER, which is created; where there is a flock, until this script ends
+lock() {  # FOLDER: create it, and lock it until this script ends, where flock is installed
   mkdir -p "$1" && exec 9<"$1" || exit 2
   if command -v flock >/dev/null && ! flock -n 9; then
     die "another prepare_data.sh is at work in $1: wait until it has unpacked its archives"
@@ -32,6 +32,7 @@ whole() {  # FILE SHA256
   if [ -n "$2" ]; then [ "$(sha256 "$1")" = "$2" ]; else "$python" -m zipfile -l "$1"; fi
 } &>/dev/null
 
+# Nothing to fetch if it is unpacked already, if --from replaces it, or if it is here and whole.
 fetch() {  # ADDRESS SHA256 FILE
   local part=$3.part folder before came by_hand="./prepare_data.sh $name"
   for folder in "${3%.zip}"-[0-9]*; do [ ! -d "$folder" ] || return 0; done
@@ -76,7 +77,7 @@ unpack() {  # ARCHIVE FOLDER-THAT-MAY-HOLD-IT-UNPACKED
   unpacked=$raw
 }
 
-# What was typed; relative paths start from where it was typed.
+# The command line. Relative paths are meant from the folder in which it was typed.
 caller=$PWD name=${1:---help} root=data from='' flag='' unpacked='' sources=() folders=() options=()
 cd "$(dirname "$0")"
 [ $# -eq 0 ] || shift
@@ -120,7 +121,7 @@ case $name in
       "$root/weights/swin_tiny_patch4_window7_224.pth"
     exit ;;
   monuseg-exact) die "monuseg-exact is prepared by ./prepare_data.sh monuseg --raster exact" ;;
-  *) die "no data set is called '$name': it is monuseg, bcss, bcss512 or weights; for images of" \
+  *) die "no data set is called '$name': give monuseg, bcss, bcss512 or weights; for images of" \
        "your own run python data.py prepare $name --from DIR" ;;
 esac
 
@@ -136,4 +137,5 @@ for source in "${sources[@]}"; do
 done
 folders+=(${unpacked:+"$unpacked"})
 [ ${#folders[@]} -gt 0 ] || die "no $images, nor an archive with one, in ${sources[*]}"
+# 9>&-: the lock is this script's, and ends here; data.py has its own.
 exec "$python" data.py prepare "$name" --from "${folders[@]}" ${options[@]+"${options[@]}"} 9>&-

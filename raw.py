@@ -1,7 +1,7 @@
 """Raw files to tiles (paper 2.3): what is known about each data set, reading, finding, preparing.
 
 `python data.py prepare` is the command. Whatever is wrong with a raw file raises a ValueError that
-names it.
+names it; one that the system cannot open raises an OSError.
 """
 
 import csv
@@ -76,7 +76,7 @@ MONUSEG_LATER = """TCGA-BC-A217-01Z-00-DX1 TCGA-F9-A8NY-01Z-00-DX1 TCGA-FG-A87N-
 def depth_and_pages(image):
     """Bits per channel, and how many pages there are; smaller copies of a slide do not count."""
     if image.format != "TIFF":
-        bits = 16 if ";16B" in str(image.tile) else 8  # so Pillow notes what a PNG holds
+        bits = 16 if ";16B" in str(image.tile) else 8  # Pillow's raw mode of a PNG, as RGB;16B
         return bits, 1
     pages, size = image.n_frames, image.size
     if pages > 1:
@@ -86,14 +86,23 @@ def depth_and_pages(image):
     return max(image.tag_v2.get(258, (8,))), pages  # the tag is called bits per sample
 
 
+def check_is_file(path):
+    """Refuse folders and pipes: reading a pipe would wait for a writer."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a file: remove it, or put the file in its place")
+
+
 def read_image(path, modes):
-    """Read an image file whose Pillow mode is in `modes`; ValueError if it cannot be used."""
+    """Read an image file whose Pillow mode is in `modes` -> PIL image, turned as viewers show it.
+
+    Raises ValueError if it cannot be used, OSError if the system cannot open it.
+    """
     check_is_file(path)
     try:
         with Image.open(path, formats=FORMATS) as image:
             depth, pages = depth_and_pages(image)
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)  # as viewers show it
+            ImageOps.exif_transpose(image, in_place=True)
     except (OSError, SyntaxError, TypeError, ValueError, LookupError, struct.error, MemoryError,
             Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and error.errno:  # the system's: the file may be sound
@@ -107,8 +116,8 @@ def read_image(path, modes):
         raise ValueError(f"{path}: holds {pages} pages, of which only the first would be read: "
                          "save each as a file, or channels as one page")
     if image.mode[0] not in "IF" and depth > 8:
-        raise ValueError(f"{path}: {depth} bits a channel, of which Pillow keeps the upper 8 "
-                         "alone: export it again as 8-bit")
+        raise ValueError(f"{path}: {depth} bits per channel, of which Pillow keeps only the upper "
+                         "8: export it again as 8-bit")
     return image
 
 
@@ -180,13 +189,14 @@ def read_mask(path):
 
 
 def resize_thinner(mask, side):
-    """Resize a square mask of the paper's raster, by nearest pixels and half a pixel thinner.
+    """Resize a square mask of the paper's raster, by nearest pixels, half a pixel thinner.
 
-    mask (S, S) uint8, 0 or 1 -> (side, side). Pillow's outlines of a vertex a pixel, as MoNuSeg's
-    are, reach half a pixel too far, so a place stays in only if those half a pixel above, below,
-    left and right of it are in. (Without a change of size all places would lie on the edges of
-    pixels.) Of the 13 training images whose polygons are at hand, that leaves 1.001 times the area
-    of the exact raster in place of 1.085, and a Dice of 0.968 with it in place of 0.959.
+    mask (S, S) uint8, 0 or 1 -> (side, side). Around polygons of about one vertex per pixel, as
+    MoNuSeg's are, Pillow's outline reaches half a pixel too far. So a pixel stays set only if the
+    mask is set half a pixel above, below, left and right of its centre. (At an unchanged size,
+    these four points would lie exactly on the edges of pixels.) Over the 13 training images whose
+    polygons we had, the result has 1.001 times the area of the exact raster and a Dice of 0.968
+    with it; nearest pixels alone have 1.085 and 0.959.
     """
     centres = (np.arange(side) + 0.5) * len(mask) / side
     before, at, after = ((centres + shift).clip(0, len(mask) - 1).astype(int)
@@ -205,23 +215,25 @@ def read_monuseg(image_path, mask_path, raster="paper"):
     if image.size != (1000, 1000):
         raise ValueError(f"{image_path}: {image.width} x {image.height} pixels, but every MoNuSeg "
                          "image is 1000 x 1000: fetch it again")
-    is_picture = mask_path.suffix.lower() != ".xml"
-    if is_picture:
+    side = 4 * TILE
+    if mask_path.suffix.lower() == ".xml":
+        mask = read_polygons(mask_path, image.size, raster)
+    else:
         mask = read_mask(mask_path)
         check_size(image_path, image, mask_path, mask)
-    else:
-        mask = read_polygons(mask_path, image.size, raster)
-    if is_picture and raster == "exact":
-        mask = resize_thinner(np.asarray(mask), 4 * TILE)
-    else:
-        mask = np.asarray(mask.resize((4 * TILE, 4 * TILE), Image.Resampling.NEAREST))
-    image = np.asarray(image.resize((4 * TILE, 4 * TILE), Image.Resampling.BILINEAR))
+        if raster == "exact":
+            mask = Image.fromarray(resize_thinner(np.asarray(mask), side))
+    image = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
+    mask = np.asarray(mask.resize((side, side), Image.Resampling.NEAREST))
     return (image.reshape(4, TILE, 4, TILE, 3).swapaxes(1, 2).reshape(16, TILE, TILE, 3),
             mask.reshape(4, TILE, 4, TILE).swapaxes(1, 2).reshape(16, TILE, TILE))
 
 
 def read_bcss(image_path, mask_path, size, num_classes):
-    """One BCSS tile, size x size, and its labels -> 1 tile: 512 is resized to 224 (paper 2.3)."""
+    """Read one BCSS tile and its labels -> image (224, 224, 3), mask (224, 224), uint8 (paper 2.3).
+
+    Raises ValueError unless both are size x size and all labels below `num_classes`.
+    """
     image, mask = read_image(image_path, ("RGB",)), read_image(mask_path, ("L", "P"))
     check_size(image_path, image, mask_path, mask)
     if image.size != (size, size):
@@ -237,29 +249,32 @@ def read_bcss(image_path, mask_path, size, num_classes):
     return np.asarray(image), np.asarray(mask)
 
 
-def check_is_file(path):
-    if path.exists() and not path.is_file():  # reading a pipe would wait for a writer
-        raise ValueError(f"{path}: not a file")
-
-
 def read_labels(path):
-    """Read a mask of a user's set, 8-bit and of one channel; of a palette picture, its indices."""
+    """Read a mask of a user's set -> PIL image, mode L: its labels, 0..255; of a palette, indices.
+
+    Raises ValueError unless it has one channel of 8 bits, or of 1.
+    """
+    # Of these modes, all but the first three are read only to be named in an error below.
     image = read_image(path, ("L", "P", "1", "RGB", "RGBA", "LA", "I;16", "I"))
     if image.format == "JPEG":
         raise ValueError(f"{path}: a JPEG, which does not keep labels as they are: export masks as "
                          "PNG")
     with Image.open(path, formats=FORMATS) as stored:
-        if re.search("L;[24]", str(stored.tile)):  # so Pillow notes what it stretches to 0..255
-            raise ValueError(f"{path}: less than 8 bits a pixel, which Pillow would not read as "
-                             "they are: export it again as 8-bit")
+        if re.search("L;[24]", str(stored.tile)):  # raw modes that Pillow stretches to 0..255
+            raise ValueError(f"{path}: fewer than 8 bits per pixel, which Pillow would rescale: "
+                             "export it again as 8-bit")
     if image.mode not in ("L", "P", "1"):
-        raise ValueError(f"{path}: Pillow mode {image.mode}, but a mask stores one class index a "
-                         "pixel, 0 to 255: replace colours by indices")
+        raise ValueError(f"{path}: Pillow mode {image.mode}, but a mask stores one class index per "
+                         "pixel, 0 to 255: export it as 8-bit, with indices instead of colours")
     return Image.fromarray(np.asarray(image).astype(np.uint8))
 
 
 def read_own(image_path, mask_path, scale, is_binary):
-    """One image of a user's set and its mask -> tiles that cover it, the last ones overlapping."""
+    """Read one image of a user's set and its mask -> images (n, 224, 224, 3), masks (n, 224, 224).
+
+    The n tiles, uint8, cover the image; the last of a row or column may overlap the one before.
+    Raises ValueError for files that cannot be used.
+    """
     image, mask = read_image(image_path, ("RGB", "L")).convert("RGB"), read_labels(mask_path)
     check_size(image_path, image, mask_path, mask)
     if is_binary:
@@ -275,11 +290,12 @@ def read_own(image_path, mask_path, scale, is_binary):
 
 
 def scaled_size(size, scale):
+    """(width, height) in pixels after resizing by `scale`, at least 1 each."""
     return tuple(max(1, round(scale * side)) for side in size)
 
 
 def tile_starts(length):
-    """Where tiles start that cover `length` pixels; the last one ends there and may overlap."""
+    """Starts of the tiles that cover `length` pixels, 224 or more; the last ends at the border."""
     return [min(start, length - TILE) for start in range(0, length, TILE)]
 
 
@@ -291,14 +307,14 @@ def check_size(image_path, image, mask_path, mask):
 
 
 # -----------------------------------------------------------------------------
-# Finding raw files: lists of (image path, annotation path, its lines of tiles.csv). (BCSS comes as
-# tiles: where they start in their region is not known in their own pixels.)
+# Finding raw files: lists of (image path, annotation path, its lines of tiles.csv)
 
 
 def walk(folders):
-    """All folders below `folders`, each once, links followed, with their files' names.
+    """Yield (folder, names of its files) for `folders` and all below, each once, following links.
 
-    The debris that archives carry along is left out. Raises FileNotFoundError.
+    Hidden files and folders, and the __MACOSX of archives, are left out. Raises FileNotFoundError
+    for a folder that does not exist.
     """
     seen = set()
     for top in folders:
@@ -320,7 +336,10 @@ def find_files(folders, suffixes):
 
 
 def match_masks(images, masks):
-    """Match {name: path} of images and of masks; ValueError names one without partner."""
+    """Match {name: path} of images and of masks -> list of (image path, mask path), by name.
+
+    Raises ValueError naming a file without a partner.
+    """
     for one, other, missing in (images, masks, "mask or annotation"), (masks, images, "image"):
         for name in one:
             if name not in other:
@@ -356,7 +375,7 @@ def find_monuseg(folders, later_images=False, raster="paper"):
         print(f"found {len(images)} of the paper's 44 images")
     pictures = sum(path.suffix.lower() == ".png" for path in masks.values())
     if raster == "exact" and pictures:
-        print(f"{pictures} images have only a mask picture, of which half a pixel is taken off")
+        print(f"{pictures} images have only a mask picture, which is made half a pixel thinner")
     return [(image, mask, [(image.stem, row, column, "test" if image.stem in MONUSEG_TEST
                             else "train", TILE * row, TILE * column)
                            for row in range(4) for column in range(4)])
@@ -367,21 +386,23 @@ def find_bcss(folders, suffix):
     """List BCSS's layout: folders train, val and train_mask, val_mask, or all with _512 behind.
 
     A tile is named after slide, region of interest and offset; its region counts as source image.
+    Where the tile starts in it is not known in the tile's own pixels, so top and left are 0.
     """
     layout = {}
     for folder, _ in walk(folders):
-        name = folder.name.removesuffix(suffix) if folder.name.endswith(suffix) else ""
-        if name in ("train", "val", "train_mask", "val_mask"):
+        name = folder.name
+        if name in [part + suffix for part in ("train", "val", "train_mask", "val_mask")]:
             if not layout.setdefault(name, folder).samefile(folder):
                 raise ValueError(f"{folder}: {layout[name]} has the same name: keep one of them")
     items = []
     for part in "train", "val":
-        for name in part, part + "_mask":
+        names = part + suffix, f"{part}_mask{suffix}"
+        for name in names:
             if name not in layout:
-                raise ValueError(f"{folders[0]}: holds no folder {name}{suffix}: give the folder "
-                                 "of the unpacked archive")
+                raise ValueError(f"{folders[0]}: holds no folder {name}: give the folder of the "
+                                 "unpacked archive")
         for image, mask in match_masks(*(index_by_stem(find_files([layout[name]], {".png"}))
-                                         for name in (part, part + "_mask"))):
+                                         for name in names)):
             match = re.fullmatch(r"(.+)_(\d+)_(\d+)_size\d+", image.stem)
             region, row, column = match.groups() if match else (image.stem, 0, 0)
             items.append((image, mask, [(region, int(row), int(column), part, 0, 0)]))
@@ -414,12 +435,14 @@ def find_own(folders, names=None, scale=1.0):
                                         "train/masks and so on")
         found = find_files([folder / "images"], SUFFIXES)
         if not found:
-            raise ValueError(f"{folder / 'images'}: holds no image")
+            raise ValueError(f"{folder / 'images'}: holds no image ({', '.join(sorted(SUFFIXES))}):"
+                             " put some there")
         images += found
         for image, mask in match_masks(index_by_stem(found),
                                        index_by_stem(find_files([folder / "masks"], SUFFIXES))):
             width, height = scaled_size(read_image(image, ("RGB", "L")).size, scale)
             if min(width, height) < TILE:
+                # Two decimals, rounded up, with 0.5 % to spare for the rounding in scaled_size.
                 enough = math.ceil(100.5 * scale * TILE / min(width, height)) / 100
                 raise ValueError(f"{image}: {width} x {height} pixels, less than a tile of {TILE}: "
                                  f"give --scale {enough:g}")
@@ -513,7 +536,7 @@ def prepare(data, folders, root, **options):
 
     # Start, or continue if the partial folder was made from the very same list, and the files that
     # are done are still the same.
-    listed = json.dumps([[str(path) for path in items[0][:2]], rows, info])
+    listed = json.dumps([rows, info])
     state = {"list": hashlib.sha256(listed.encode()).hexdigest(), "files": 0, "tiles": 0}
     progress = working / "progress.json"
     before = json.loads(progress.read_text()) if progress.exists() else {}
@@ -528,17 +551,17 @@ def prepare(data, folders, root, **options):
         for name, shape in ARRAYS.items():
             np.lib.format.open_memmap(working / f"{name}.npy", "w+", np.uint8, (len(rows), *shape))
 
-    # Read some files at a time, write their tiles, note how far we are. (Plain writes: where the
+    # Read a chunk of files, write their tiles, note how far we are. (Plain writes: where the
     # disk is full they raise, while writing to a memory map would kill the process.)
     start, first = time.time(), state["files"]
-    chunk = max(1, 256 // max(len(rows) for _, _, rows in items))  # files
+    chunk_size = max(1, 256 // max(len(item[2]) for item in items))  # files, about 256 tiles
     with (ThreadPoolExecutor(os.cpu_count()) as pool, open(working / "images.npy", "r+b") as images,
           open(working / "masks.npy", "r+b") as masks):
         for file, shape in zip((images, masks), ARRAYS.values()):
             file.seek(-math.prod(shape) * (len(rows) - state["tiles"]), os.SEEK_END)
-        for done in range(first, len(items), chunk):
-            some = items[done:done + chunk]
-            for item, arrays in zip(some, pool.map(lambda item: read(*item[:2]), some)):
+        for begin in range(first, len(items), chunk_size):
+            chunk = items[begin:begin + chunk_size]
+            for item, arrays in zip(chunk, pool.map(lambda item: read(*item[:2]), chunk)):
                 for file, array, shape in zip((images, masks), arrays, ARRAYS.values()):
                     if array.nbytes != len(item[2]) * math.prod(shape):
                         raise ValueError(f"{item[0]}: was read as {array.dtype} {array.shape}, but "
@@ -549,13 +572,13 @@ def prepare(data, folders, root, **options):
             for file in images, masks:  # the note must not be on the disk before the tiles are
                 file.flush()
                 os.fsync(file.fileno())
-            state["files"], state["stamp"] = done + len(some), finished.hexdigest()
+            state["files"], state["stamp"] = begin + len(chunk), finished.hexdigest()
             with write_atomic(progress) as file:
                 file.write(json.dumps(state).encode())
             eta = (time.time() - start) / (state["files"] - first) * (len(items) - state["files"])
             print_progress(f"{data}: {state['files']}/{len(items)} files, {eta:.0f} s left")
 
-    # Complete it: what is known, the table, then the name that the other scripts look for.
+    # Finish: write what is known and the table, then give the folder the name that is looked for.
     source = {"from": [str(Path(folder).absolute()) for folder in folders]}
     (working / "set.json").write_text(json.dumps(info | source, indent=1), encoding="utf-8")
     with open(working / "tiles.csv", "w", newline="", encoding="utf-8") as file:

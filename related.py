@@ -1,4 +1,4 @@
-"""Skips and networks of other papers, to be compared with this one's under the same training.
+"""Skips and networks of other papers, to be compared with this paper's under the same training.
 
     python train.py --skip nested              # U-Net++ (Zhou et al., 2018)
     python train.py --skip fusionunet          # FusionU-Net (Li et al., 2023)
@@ -83,16 +83,19 @@ class FuseNeighbour(nn.Module):
 
     B is a 3x3 convolution, BatchNorm and ReLU. To bring a map one level down, pixel-unshuffle turns
     each 2 x 2 square into 4 channels; to bring it up, pixel-shuffle turns 4 channels into a square.
-    A grouped 3x3 convolution, BatchNorm and ReLU then give it x's channels.
+    A grouped 3x3 convolution, BatchNorm and ReLU then give it x's channels. x (N, C, H, W), its
+    neighbour (N, C', 2H, 2W) or (N, C', H / 2, W / 2) -> (N, C, H, W).
     """
 
-    def __init__(self, neighbour, channels):
+    def __init__(self, neighbour_channels, channels):
         super().__init__()
-        if channels > neighbour:  # one group for every channel of the finer map
-            groups, between, shuffle = neighbour, 4 * neighbour, nn.PixelUnshuffle(2)
-        else:                     # one group for every channel that the shuffle leaves
-            groups, between, shuffle = neighbour // 4, neighbour // 4, nn.PixelShuffle(2)
-        self.bring = nn.Sequential(shuffle, nn.Conv2d(between, channels, 3, padding=1,
+        if channels > neighbour_channels:  # one group for every channel of the finer map
+            groups, shuffle = neighbour_channels, nn.PixelUnshuffle(2)
+            shuffled = 4 * neighbour_channels
+        else:                              # one group for every channel that the shuffle leaves
+            groups = shuffled = neighbour_channels // 4
+            shuffle = nn.PixelShuffle(2)
+        self.bring = nn.Sequential(shuffle, nn.Conv2d(shuffled, channels, 3, padding=1,
                                                       groups=groups),
                                    nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
         self.block = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1),
@@ -220,7 +223,7 @@ class DoubleUNet(nn.Module):
     image is what the second U-Net sees; the second decoder takes the skips of both encoders. The
     mask has one channel, however many classes there are: where to look, not what is there. What is
     trained and scored is the second U-Net's output, where the original trains the mask, too. Any
-    skip of ours may stand between; `width` and `checkpointing` mean nothing here, as VGG's widths
+    skip of SKIPS may stand between; `width` and `checkpointing` mean nothing here, as VGG's widths
     are fixed. Raises ValueError for other sizes.
     """
 
@@ -234,6 +237,7 @@ class DoubleUNet(nn.Module):
         self.encoder = vgg19_encoder()
         self.encoder2 = nn.ModuleList(attended_conv(*pair) for pair in pairwise([3, *two]))
         self.aspp, self.aspp2 = ASPP(512), ASPP(256)
+        # Per level, coarsest first: channels from below, channels out, channels of either skip.
         ups = list(zip([64, *widths], widths, *returned))
         self.decoder = nn.ModuleList(attended_conv(up + first, out) for up, out, first, _ in ups)
         self.decoder2 = nn.ModuleList(attended_conv(up + first + second, out)
@@ -278,10 +282,11 @@ class DoubleUNet(nn.Module):
         except Exception as error:  # neither has a common base for what it raises
             if path and not isinstance(error, FileNotFoundError):
                 raise ValueError(f"{path}: not weights, or damaged ({first_line(error)})") from None
+            what = f"{path} cannot be read" if path else "the download failed"
             raise FileNotFoundError(
-                f"no pretrained VGG-19, {path or 'the download'} is not to be had "
-                f"({first_line(error)}): where there is a network, download {url}, and give that "
-                "file with --weights; or train from scratch with --no-pretrained") from None
+                f"no pretrained VGG-19: {what} ({first_line(error)}): where there is a network, "
+                f"download {url}, and give that file with --weights; or train from scratch with "
+                "--no-pretrained") from None
         prefix = "features." if "features.0.weight" in tensors else "encoder."
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
                    if name.startswith(prefix)}

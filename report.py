@@ -1,4 +1,4 @@
-"""Rebuild the tables and curves of results/README.md from the scores.json that training leaves.
+"""Rebuild the tables and curves of results/README.md from the JSON of train.py and eval.py.
 
     python report.py results/runs/*.json results/whole/*.json     # the page as it is committed
     python report.py runs/*/scores.json --page runs/page.md       # your runs, in a page of yours
@@ -62,7 +62,7 @@ WHOLE = {"args": ARGS, "recipe_version": int, "weights": str, "data": str, "tta"
 
 
 def read_json(path):
-    """The content of a JSON file; None if it is none."""
+    """The content of a JSON file; None if it is not valid JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
@@ -94,12 +94,12 @@ def unknown_part(result, schema):
 
 
 def read_scores(path):
-    """Read a scores.json -> result; ValueError if it is none."""
+    """Read a scores.json -> result; ValueError if the file is not one."""
     return check_scores(read_json(path), path)
 
 
 def check_scores(result, path):
-    """The content of a scores.json as it is; ValueError naming its path if it is none."""
+    """Return a scores.json's content unchanged; ValueError naming its path if it is not one."""
     wrong = unknown_part(result, SCORES)
     if not wrong:
         sound = {"data": SET_NAME.fullmatch(result["args"]["data"]),
@@ -113,7 +113,7 @@ def check_scores(result, path):
 
 
 def flags(result):
-    """The flags of train.py by which a run differs from the paper's -> list, one text for each."""
+    """Flags of train.py by which a run differs from the paper's recipe -> list, a text for each."""
     args = result["args"]
     words = ["--recipe strong"] if args.get("recipe", "").endswith(" strong") else []
     words += [flag(name, value) for name, value in recipe_overrides(args).items()]
@@ -133,7 +133,7 @@ def flag(name, value):
 
 
 def label(result):
-    """What runs that are averaged have in common, beside data, split and skip."""
+    """The network and its flags -> text, the same for all runs that a row averages."""
     version = result["recipe_version"]
     older = "" if version == RECIPE_VERSION else f" (recipe {version or 'unknown'})"
     return " ".join([result["args"]["model"], *flags(result)]) + older
@@ -160,6 +160,7 @@ def one_cell(value):
 
 
 def percent(value):
+    """A value, 0..1, as text in percent; - for None."""
     return "-" if value is None else f"{100 * value:.2f}"
 
 
@@ -167,7 +168,7 @@ def percent(value):
 # Tables
 
 
-def table_1(results):
+def table_1(_):  # counts depend on no result
     """The paper's Table 1: parameters of every combination, in brackets the paper's two numbers."""
     rows = [[*network, *(f"{count:,}" for count in counts)]
             for network, counts in parameter_counts().items()]
@@ -199,7 +200,7 @@ def table_2(results):
         seeds = [result["args"]["seed"] for result in group]
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"two runs of {data}, {split}, {name}, {skip} have one seed, of "
-                             f"{seeds}: a mean over seeds takes each once")
+                             f"{seeds}: leave out one of them")
         if len({tuple(result.get("images", ())) for result in group}) > 1:
             raise ValueError(f"runs of {data}, {split}, {name}, {skip} have different test images: "
                              "leave out those of other prepared data")
@@ -209,8 +210,8 @@ def table_2(results):
         for average in averages:
             for k, metric in enumerate(("iou", "f1")):
                 cell = mean_and_deviation([result[average][metric] for result in group])
-                told = f" ({paper[k]:.2f})" if paper and average == "per_tile" else ""
-                cells.append(cell + told)
+                note = f" ({paper[k]:.2f})" if paper and average == "per_tile" else ""
+                cells.append(cell + note)
         title = f"{data}, {split} split" + ("" if scored_on == data else f", scored on {scored_on}")
         rows.setdefault(f"**{title}**", []).append([name, skip, *cells, len(group)])
     return "\n\n".join(f"{title}\n\n{markdown(['Model', 'Skip', *titles, 'Runs'], lines)}"
@@ -218,14 +219,14 @@ def table_2(results):
 
 
 def mean_and_deviation(values):
-    """Mean ± standard deviation in percent, of what there is; one value has no deviation."""
+    """Mean ± standard deviation in percent, without None; a single value has no deviation."""
     values = [value for value in values if value is not None]
     spread = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return percent(statistics.mean(values) if values else None) + spread
 
 
 def mean_and_error(values):
-    """Mean difference ± its standard error, in percentage points; one value has no error."""
+    """Mean difference ± its standard error, in percentage points; a single value has no error."""
     if not values:
         return "-"
     error = (f" ± {100 * statistics.stdev(values) / math.sqrt(len(values)):.2f}"
@@ -243,13 +244,14 @@ def tiles_by_image(result):
 
 
 def scores_by_image(result):
+    """{test image: mean IoU of its tiles, 0..1}"""
     return {image: statistics.mean(ious) for image, ious in tiles_by_image(result).items()}
 
 
 def error_over_images(result):
-    """Standard error of a run's IoU per tile over the choice of its test images -> 0..1.
+    """Cluster-robust standard error of a run's IoU per tile, clusters being images -> 0..1.
 
-    Tiles of one image are alike, so what scatters independently is an image's sum of deviations.
+    Tiles of one image are alike, so what varies independently is the sum of an image's deviations.
     None if there is only one image.
     """
     mean, images = result["per_tile"]["iou"], tiles_by_image(result).values()
@@ -292,9 +294,8 @@ def skip_differences(results):
             if len(pairs) > 2:  # two hardly tell how much differences scatter
                 interval, needed = confidence_interval(over_seeds), pairs_needed(over_seeds)
             model = group[0]["args"]["model"]
-            papers = [PAPER[data, model, which][0] for which in (skip, first)
-                      if (data, model, which) in PAPER]
-            paper = f"{papers[0] - papers[1]:+.2f}" if len(papers) == 2 else "-"
+            papers = [PAPER.get((data, model, which)) for which in (skip, first)]
+            paper = f"{papers[0][0] - papers[1][0]:+.2f}" if all(papers) else "-"
             tables.setdefault(len(pairs), []).append([
                 f"{data}, {split}", name, f"{skip} - {first}", mean_and_error(over_seeds),
                 interval, mean_and_error(over_images), deviations, needed, paper])
@@ -306,38 +307,38 @@ def skip_differences(results):
 
 
 def student_t(df):
-    """The distribution of Student's t -> angles, 0 to pi / 2, probability to stay below each.
+    """Student's t with `df` degrees of freedom -> angles, P(|t| < sqrt(df) tan(angle)), arrays.
 
-    |t| is sqrt(df) tan(angle): so its density becomes cos(angle)^(df - 1), up to a factor.
+    The angles go from 0 to pi / 2. In them, the density is cos(angle)^(df - 1), up to a factor.
     """
     angles = np.linspace(0, math.pi / 2, 100_001)
     below = (np.cos((angles[1:] + angles[:-1]) / 2)**(df - 1)).cumsum()
     return angles, np.concatenate(([0], below / below[-1]))
 
 
-def t_bound(df, share):
-    """The number that |t| stays below with this probability."""
+def t_quantile(df, probability):
+    """Two-sided quantile of Student's t: |t| stays below it with this probability."""
     angles, below = student_t(df)
-    return math.sqrt(df) * math.tan(np.interp(share, below, angles))
+    return math.sqrt(df) * math.tan(np.interp(probability, below, angles))
 
 
 def confidence_interval(differences):
-    """Where their true mean lies at 95 % -> text, in points."""
+    """95 % confidence interval of the mean difference -> text, in points."""
     n, mean = len(differences), statistics.mean(differences)
-    half = t_bound(n - 1, 0.95) * statistics.stdev(differences) / math.sqrt(n)
+    half = t_quantile(n - 1, 0.95) * statistics.stdev(differences) / math.sqrt(n)
     return f"{100 * (mean - half):+.2f} to {100 * (mean + half):+.2f}"
 
 
 def pairs_needed(differences):
-    """In how many pairs of runs a true difference of 1 point would pass a test, given the spread.
+    """How many pairs of runs a paired t test needs to detect a true difference of 1 point.
 
-    Two-sided at 5 %, in four of five cases: the point must be as many standard errors as t exceeds
-    in one of forty cases, and as many more as it exceeds in one of five.
+    Two-sided level of 5 %, power of 80 %, the spread as found: a point must be as many standard
+    errors as t exceeds in one of forty cases, and as many more as it exceeds in one of five.
     """
     deviation = 100 * statistics.stdev(differences)
-    fewest = max(2, int((2.8 * deviation)**2))  # 2.8 is what both come to with very many pairs
+    fewest = max(2, int((2.8 * deviation)**2))  # 2.8 is the limit of their sum, 1.96 + 0.84
     return next(n for n in itertools.count(fewest)
-                if n >= ((t_bound(n - 1, 0.95) + t_bound(n - 1, 0.6)) * deviation)**2)
+                if n >= ((t_quantile(n - 1, 0.95) + t_quantile(n - 1, 0.6)) * deviation)**2)
 
 
 def one_flag_more(results):
@@ -422,9 +423,9 @@ def whole_image_dice(results):
             scored = [result for result in group if title in dice(result)]
             if len({result["args"]["seed"] for result in scored}) < len(scored):
                 raise ValueError(f"two results of {trained}, {name}, {skip} have one seed on "
-                                 f"{title}: a mean over seeds takes each once")
-            told = f" (n = {len(scored)})" if 0 < len(scored) < runs else ""
-            cells.append(mean_and_deviation([dice(result)[title] for result in scored]) + told)
+                                 f"{title}: leave out one of them")
+            note = f" (n = {len(scored)})" if 0 < len(scored) < runs else ""
+            cells.append(mean_and_deviation([dice(result)[title] for result in scored]) + note)
         rows.append([trained, name, skip, *cells,
                      f"ensemble of {networks}" if networks > 1 else
                      f"{runs} run{'s' if runs > 1 else ''}"])
@@ -443,7 +444,7 @@ def training_curves(results):
 
 
 def curves(results):
-    """The pictures that main draws, shown in the page."""
+    """Markdown that shows the pictures that main draws."""
     return "\n\n".join(f"![loss and validation IoU, {picture}]({picture})"
                        for picture in training_curves(results))
 
@@ -490,8 +491,8 @@ def fill_page(path, tables, results):
     """
     def table(match):
         if match[1] not in tables:
-            raise ValueError(f"{path}: has no table called {match[1]!r} to fill; there are "
-                             f"{', '.join(tables)}")
+            raise ValueError(f"{path}: asks for a table {match[1]!r}, but there are only "
+                             f"{', '.join(tables)}: rename or remove it")
         if not match[2]:
             raise ValueError(f"{path}: the table {match[1]!r} lacks its <!-- end -->: add it")
         return f"<!-- {match[1]} -->\n{tables[match[1]](results)}\n<!-- end -->"

@@ -4,7 +4,7 @@
 #   ./reproduce.sh monuseg                                 both networks, three skips, seeds 0 1 2
 #   ./reproduce.sh monuseg --skips conv fusion --seeds 0   some of them
 #   ./reproduce.sh monuseg --models unet --width 16        other flags go to train.py
-#   ./reproduce.sh monuseg --jobs 2                        two at a time (default: 1, or one a GPU)
+#   ./reproduce.sh monuseg --jobs 2                        two at a time (default: one per GPU, else 1)
 #
 # Start it again after an interruption: what is finished is skipped, the rest resumed, and a run
 # that fails does not stop the others. Each run's output is in runs/*.log, the page in
@@ -28,7 +28,7 @@ for word; do
   esac
 done
 [[ $jobs =~ ^\ *[1-9][0-9]*$ && $models && $skips && $seeds ]] || {
-  echo "reproduce.sh: give --jobs a number above 0, and --models, --skips, --seeds one or more" >&2
+  echo "reproduce.sh: give --jobs a number above 0, and --models, --skips, --seeds at least one value" >&2
   exit 2
 }
 
@@ -37,7 +37,7 @@ for seed in $seeds; do for model in $models; do for skip in $skips; do
   cells+=("--model $model --skip $skip --seed $seed")
 done; done; done
 
-lane() {  # NUMBER: every so many cells, one after the other
+worker() {  # NUMBER: train cells NUMBER, NUMBER + jobs, ..., one after the other
   local i log
   [ ${#gpus[@]} -lt 2 ] || export CUDA_VISIBLE_DEVICES=${gpus[$1 % ${#gpus[@]}]}
   [ "$jobs" -lt 2 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -51,9 +51,9 @@ lane() {  # NUMBER: every so many cells, one after the other
 }
 
 mkdir -p runs && failed=$(mktemp) || exit
-set -m  # each lane is a process group of its own, which ends as a whole when this script does
-trap 'for lane in $(jobs -pr); do kill -- -"$lane"; done; rm -f "$failed"' EXIT
-for ((number = 0; number < jobs; number++)); do lane "$number" & done
+set -m  # each worker is a process group of its own, which ends as a whole when this script does
+trap 'for group in $(jobs -pr); do kill -- -"$group"; done; rm -f "$failed"' EXIT
+for ((number = 0; number < jobs; number++)); do worker "$number" & done
 wait
 "$python" "$here/report.py" runs/"$data"-*/scores.json --page "runs/$data.md"
 reported=$?

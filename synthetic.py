@@ -3,8 +3,9 @@
 With one class, nuclei, tiles look like H&E-stained tissue in which colour alone does not tell what
 is a nucleus. With 3 to 22 classes there are regions, each with its own texture and mixture of
 nuclei, and only their surroundings tell some nuclei apart. Every number of classes from 3 on has
-the very same images. The classes form a tree: each splits off an earlier one, and with K classes
-the labels K and above are merged into what they split off, so that K changes only the labels.
+the very same images. The classes form a tree: each is split off from an earlier one, and with K
+classes the labels K and above are merged into those that they were split off from, so that K
+changes only the labels.
 """
 
 import numpy as np
@@ -17,18 +18,17 @@ HEMATOXYLIN, EOSIN = (0.65, 0.70, 0.29), (0.07, 0.99, 0.11)  # absorption of R, 
 
 def draw_tiles(n, num_classes=1):
     """Draw n tiles, the same each time -> images (n, 224, 224, 3), masks (n, 224, 224), uint8."""
-    if num_classes == 1:
-        tiles = [nuclei_tile(np.random.default_rng([2025, number])) for number in range(n)]
-        return tuple(map(np.stack, zip(*tiles)))
-    tiles = [tissue_tile(np.random.default_rng([2026, number])) for number in range(n)]
-    images, labels = map(np.stack, zip(*tiles))
-    return images, merge(labels, num_classes)
+    draw, key = (nuclei_tile, 2025) if num_classes == 1 else (tissue_tile, 2026)
+    tiles = (draw(np.random.default_rng([key, number])) for number in range(n))
+    images, masks = map(np.stack, zip(*tiles))
+    return images, masks if num_classes == 1 else merge(masks, num_classes)
 
 
 def photograph(rng, density, blur):
     """Light through the stains, a soft focus, noise of the camera -> image (224, 224, 3) uint8.
 
-    density (224, 224, 3) is optical density; `blur` is the softest focus, in pixels.
+    density (224, 224, 3) is optical density; `blur` is the largest radius of the Gaussian blur, in
+    pixels.
     """
     image = Image.fromarray((255 * np.exp(-density)).astype(np.uint8))
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, blur)))
@@ -42,11 +42,11 @@ def photograph(rng, density, blur):
 
 def nuclei_tile(rng):
     """One tile -> image (224, 224, 3) and nucleus mask (224, 224), uint8."""
-    def smooth(rows, columns=None):  # noise in 0..1: random values on a coarse grid, enlarged
+    def smooth(rows, columns=None):  # noise, about 0..1: random values on a coarse grid, enlarged
         coarse = Image.fromarray(rng.random((rows, columns or rows), dtype=np.float32))
         return np.asarray(coarse.resize((TILE, TILE), Image.Resampling.BICUBIC))
 
-    def blobs(number, radii, densities, clustered=0.0):  # bumpy ellipses, each of one density
+    def blobs(number, radii, densities, clustered=0.0):  # bumpy ellipses, each of one density x 100
         picture, centres = Image.new("L", (TILE, TILE)), []
         for _ in range(number):
             radius, centre = rng.uniform(*radii), rng.uniform(0, TILE, 2)
@@ -93,9 +93,10 @@ def nuclei_tile(rng):
 # -----------------------------------------------------------------------------
 # Several classes
 
-# What a class is called, the class that it splits off, the region in which it lies, the kind of its
-# nuclei (None is the ground between nuclei), and its share of the region's nuclei. Where kinds are
-# alike, the region alone decides: small round nuclei are five classes, large pale ones three.
+# What a class is called, the class that it is split off from, the region in which it lies, the kind
+# of its nuclei (None: the ground between nuclei), and its relative frequency among the region's
+# nuclei. Where kinds are alike, the region alone decides: small round nuclei are five classes,
+# large pale ones three.
 LABELS = [
     ("background", 0, "stroma", None, 0),
     ("tumour", 0, "tumour", None, 0),
@@ -134,8 +135,9 @@ KINDS = {
     "mitotic": ((6.5, 8.5), 0.50, 0.35, 0.8, ((1.0, 1.15),)),
 }
 
-# A region: a bonus for its size, density of hematoxylin, of eosin, how many places hold a nucleus,
-# and how much its ground shows of each texture: fibres, clumps, grain, and cells of three sizes.
+# A region: a bonus that enlarges it, densities of hematoxylin and of eosin, the share of places
+# that hold a nucleus, and the weight in its ground of each texture: fibres, coarse and fine noise,
+# and cells of three sizes. (A negative weight inverts a texture.)
 REGIONS = {
     "stroma": (0.20, 0.12, 0.50, 0.38, (0.60, 0.00, 0.15, 0.00, 0.00, 0.00)),
     "tumour": (0.20, 0.28, 0.42, 0.55, (0.00, 1.10, 0.50, 0.00, 0.00, 0.00)),
@@ -147,16 +149,16 @@ REGIONS = {
 }
 SPACING = 14  # pixels between the places of two nuclei
 
-# Of each region, in the order above: the label of its ground, how many places hold a nucleus, and
-# its labels' shares of them, summed up to each label.
+# Of each region, in the order above: the label of its ground, the share of places that hold a
+# nucleus, and its labels' cumulative frequencies among these (blood has none, hence the clip).
 GROUND = np.array([label for label, kind in enumerate(KIND) if kind is None], np.uint8)
-CROWD = [row[3] for row in REGIONS.values()]
+OCCUPANCY = [row[3] for row in REGIONS.values()]
 SHARES = np.array([[row[4] * (row[2] == region) for row in LABELS] for region in REGIONS])
 CUMULATIVE = SHARES.cumsum(axis=1) / SHARES.sum(axis=1, keepdims=True).clip(min=1)
 
 
 def noise(rng, size):
-    """Smooth noise, 0..1: random values `size` pixels apart, enlarged -> (224, 224) float32."""
+    """Smooth noise, about 0..1: random values `size` pixels apart, enlarged -> (224, 224)."""
     reach = TILE / size
     coarse = Image.fromarray(rng.random((int(reach) + 4, int(reach) + 4), dtype=np.float32))
     left, top = rng.uniform(1, 2, 2)  # away from the border, where there is nothing to blend with
@@ -167,7 +169,7 @@ def noise(rng, size):
 def cells(rng, size):
     """Distance to the nearest of random points, one per square of `size` pixels -> (224, 224).
 
-    In units of `size` and about -0.4..0.4: low inside a cell, high at the border of two.
+    In units of `size`, about -0.4..0.6: low inside a cell, high at the border of two.
     """
     pixels = np.arange(0, TILE, 2)  # every second will do
     square = pixels // size + 1     # the first row and column of squares lie outside
@@ -181,10 +183,13 @@ def cells(rng, size):
 
 
 def draw_ground(rng, region, grain):
-    """Ground of the regions (224, 224) -> densities of hematoxylin and of eosin, and the direction
-    of the fibres in radians, (224, 224) each.
+    """Ground of the regions -> densities of hematoxylin and of eosin, direction of the fibres.
+
+    region (224, 224): indices into REGIONS; each result is (224, 224), the last one in radians.
+    `grain` as in `tissue_tile`.
     """
-    # Fibres: random values along one direction, bent by smooth noise.
+    # Fibres: random values along one direction, bent by smooth noise. A fibre runs where `across`
+    # stays the same, perpendicular to its gradient.
     angle, (ys, xs) = rng.uniform(0, 2 * np.pi), np.mgrid[:TILE, :TILE]
     across = xs * np.cos(angle) + ys * np.sin(angle) + 90 * noise(rng, 90) + 12 * noise(rng, 24)
     fibres = np.interp(across / 4, np.arange(-100, 200), rng.random(300)) - 0.5
@@ -212,14 +217,15 @@ def draw_nuclei(rng, region, direction):
     """Nuclei on the regions (224, 224) -> labels (224, 224) uint8, densities of hematoxylin.
 
     They stand on a jittered grid, the long ones along the direction of the fibres. The kind of each
-    is drawn from those of the region of its centre; label and density layers are polygons.
+    is drawn from those of the region of its centre. Each is drawn as polygons: one of its label,
+    one for each layer of its density.
     """
     labels, density = Image.fromarray(GROUND[region]), Image.new("L", (TILE, TILE))
     t = np.linspace(0, 2 * np.pi, 20)
     places = np.mgrid[0:TILE:SPACING, 0:TILE:SPACING].reshape(2, -1).T
     for y, x in places + rng.uniform(0, SPACING, places.shape):
         place = region[int(y), int(x)]
-        if rng.random() >= CROWD[place]:
+        if rng.random() >= OCCUPANCY[place]:
             continue
         label = int((CUMULATIVE[place] < rng.random()).sum())
         radii, width, bumps, _, layers = KINDS[KIND[label]]
@@ -262,6 +268,6 @@ def merge(labels, num_classes):
     if num_classes == 1:
         return np.array(NUCLEUS, np.uint8)[labels]
     table = np.arange(len(NAMES), dtype=np.uint8)
-    for label in range(num_classes, len(NAMES)):  # what a class splits off comes before it
+    for label in range(num_classes, len(NAMES)):  # a class comes after its parent
         table[label] = table[PARENT[label]]
     return table[labels]

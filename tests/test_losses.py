@@ -48,7 +48,7 @@ def test_cross_entropy_and_dice_match_values_by_hand():
     torch.testing.assert_close(loss, torch.tensor([math.log(3) + 0.5]))
 
 
-def test_cross_entropy_matches_torch():
+def test_cross_entropy_and_dice_match_torch():
     logits, masks = torch.randn(4, 5, 6, 6), torch.randint(5, (4, 6, 6))
     p, y = logits.softmax(1), F.one_hot(masks, 5).permute(0, 3, 1, 2)
     dice = 2 * (p * y).sum((2, 3)) / (p.sum((2, 3)) + y.sum((2, 3)))

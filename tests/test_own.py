@@ -279,9 +279,9 @@ BAD = {
         "masks/image-1.jpg", noise(230, 300, high=2))(raw)), (), "image-1.jpg: a JPEG"),
     "no such folder": (shutil.rmtree, (), "raw: no such folder: give the one that holds images"),
     "4-bit mask": (lambda raw: (raw / "masks/image-1.png").write_bytes(
-        png_of_4_bits(noise(230, 300, high=2))), (), "image-1.png: less than 8 bits"),
+        png_of_4_bits(noise(230, 300, high=2))), (), "image-1.png: fewer than 8 bits"),
     "16-bit mask": (save("masks/image-1.png", noise(230, 300).astype(np.uint16)), (),
-                    "replace colours by indices"),
+                    "export it as 8-bit"),
     "colours": (save("masks/image-1.png", noise(230, 300, 3)), (), "mode RGB, but a mask"),
     "small image": (save("images/image-1.png", noise(100, 300, 3)), (), "--scale 2.26"),
     "an image that its scale makes too small": (save("images/image-0.png", noise(694, 700, 3)),

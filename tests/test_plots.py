@@ -1,11 +1,11 @@
-"""plots.py: training curves and figures, read back pixel by pixel."""
+"""plots.py: colours, outlines, training curves and figures, read back pixel by pixel."""
 
 import numpy as np
 import pytest
 
 from data import SETS
-from plots import (FALSE_ALARM, FOUND, GREEN, LINES, MISSED, PALETTE, draw_curves, draw_figure,
-                   draw_preview, paint, round_ticks)
+from plots import (FALSE_ALARM, FOUND, GREEN, LINE_COLOURS, MISSED, PALETTE, draw_curves,
+                   draw_figure, draw_preview, outline, paint, round_ticks)
 
 
 def log_of(epochs, train, val, iou):
@@ -32,22 +32,22 @@ def test_curves_show_every_run_in_its_colour_in_both_panels(epochs):
     runs = {f"run {i}": [log_of(epochs, 0.9 - 0.2 * i, 1.0 - 0.2 * i, 0.2 + 0.2 * i)]
             for i in range(3)}
     for panel in panels(runs):
-        found = [heights(panel, colour) for colour in LINES[:3]]
+        found = [heights(panel, colour) for colour in LINE_COLOURS[:3]]
         assert all(len(rows) > (20 if epochs == 1 else 500) for rows in found)
     assert found[0].mean() > found[1].mean() > found[2].mean()  # by IoU, from below
 
 
 def test_more_runs_than_colours_are_all_drawn():
-    runs = {f"run {i}": [log_of(2, 1, 1, i / 10)] for i in range(len(LINES) + 2)}
+    runs = {f"run {i}": [log_of(2, 1, 1, i / 10)] for i in range(len(LINE_COLOURS) + 2)}
     legend = np.asarray(draw_curves(runs))[450:]
-    for i, colour in enumerate([*LINES, *LINES[:2]]):
+    for i, colour in enumerate([*LINE_COLOURS, *LINE_COLOURS[:2]]):
         assert len(heights(legend[24 * i:24 * (i + 1), 60:115], colour)) > 100
 
 
 @pytest.mark.parametrize("iou", [0.0, 0.3, 1.0])
 def test_a_score_that_never_moves_lies_between_the_axes(iou):
     for panel in panels({"run": [log_of(3, 0.5, 0.0, iou)]}):
-        rows = heights(panel, LINES[0])
+        rows = heights(panel, LINE_COLOURS[0])
         assert 50 < rows.min() and rows.max() < 410
 
 
@@ -76,7 +76,7 @@ def test_several_seeds_give_a_mean_line_and_a_band_from_lowest_to_highest():
     low, mean, high = (400 - 340 * (value - ticks[0]) / (ticks[-1] - ticks[0])
                        for value in (0.2, 0.4, 0.7))
     middle = panel[:, 310]  # between two epochs' dots
-    line = np.nonzero((middle == LINES[0]).all(axis=1))[0]
+    line = np.nonzero((middle == LINE_COLOURS[0]).all(axis=1))[0]
     assert abs(line.mean() - mean) < 1.5 and len(line) <= 4
     band = np.nonzero((middle != 255).any(axis=1) & (np.ptp(middle, axis=1) > 10))[0]
     assert band.min() == pytest.approx(high, abs=2) and band.max() == pytest.approx(low, abs=2)
@@ -87,12 +87,12 @@ def test_no_band_tints_a_line():
     runs = {f"run {i}": [log_of(30, 0.5 + i / 10, 0.2, 0.3), log_of(30, 0.9, 0.2, 0.5 + i / 10)]
             for i in range(3)}
     for panel in panels(runs):
-        assert all(len(heights(panel, colour)) > 400 for colour in LINES[:3])
+        assert all(len(heights(panel, colour)) > 400 for colour in LINE_COLOURS[:3])
 
 
 def test_runs_of_different_lengths_have_a_mean_as_far_as_all_reach():
     _, panel = panels({"network": [log_of(10, 1, 1, 0.4), log_of(4, 1, 1, 0.6)]})
-    columns = np.nonzero((panel == LINES[0]).all(axis=2))[1]
+    columns = np.nonzero((panel == LINE_COLOURS[0]).all(axis=2))[1]
     assert columns.min() < 100 < 70 + 500 * 3.4 / 10 < columns.max() < 70 + 500 * 3.7 / 10
 
 
@@ -166,3 +166,43 @@ def test_a_preview_of_several_classes_outlines_each_in_the_colour_that_its_key_n
     assert of_label[1][2:12, 2:12].sum() == of_label[2][2:12, 12:22].sum() == 100 - 4 * 4
     assert of_label[1][44:].sum() > 100 < of_label[2][44:].sum()  # squares below the tile
     assert not of_label[3].any()
+
+
+# Colours and outlines
+
+# Machado et al. 2009, complete protanopia, deuteranopia, tritanopia; on linear RGB
+SIGHT = {
+    "normal": np.eye(3),
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+               [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+               [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
+               [0.004733, 0.691367, 0.303900]],
+}
+
+
+def cielab(rgb, sight):
+    """Colours (n, 3), 0..1, as an eye of this sight sees them -> L*, a*, b* (n, 3)."""
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055)**2.4)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722],
+                       [0.0193, 0.1192, 0.9505]])
+    xyz = (linear @ np.transpose(sight)).clip(0, 1) @ to_xyz.T / [0.9505, 1, 1.089]
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.stack((116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])), 1)
+
+
+@pytest.mark.parametrize("sight", SIGHT.values(), ids=SIGHT)
+def test_colours_are_told_apart_by_every_eye(sight):
+    lab = cielab(PALETTE / 255, sight)
+    distance = np.linalg.norm(lab[:, None] - lab, axis=2) + 1000 * np.eye(len(lab))
+    assert len(lab) == 22 and distance.min() > 17 and distance[:3, :3].min() > 70
+    lines = cielab(np.array(LINE_COLOURS) / 255, sight)
+    distance = np.linalg.norm(lines[:, None] - lines, axis=2) + 1000 * np.eye(len(lines))
+    assert len(lines) == 12 and distance.min() > 16
+
+
+def test_outline_is_the_inner_border_of_each_region():
+    mask = np.array([[1, 1, 1, 2, 2], [1, 1, 1, 2, 2], [1, 1, 1, 2, 2], [0, 0, 0, 0, 0]])
+    assert outline(mask).tolist() == [
+        [0, 0, 1, 1, 0], [0, 0, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]

@@ -311,7 +311,7 @@ def png_of_16_bits(path, array):
 @pytest.mark.parametrize("channels", [2, 3, 4])
 def test_a_png_of_16_bits_a_channel_is_refused_as_a_tiff_of_them_is(tmp_path, channels):
     png_of_16_bits(tmp_path / "a.png", np.full((4, 4, channels), 4095))  # black in 8 bits
-    with pytest.raises(ValueError, match=r"a\.png: 16 bits a channel"):
+    with pytest.raises(ValueError, match=r"a\.png: 16 bits per channel"):
         predict.read_rgb(tmp_path / "a.png")
 
 

@@ -180,6 +180,21 @@ def test_without_a_network_one_sentence_says_what_to_download(double, monkeypatc
         assert part in str(error.value)
 
 
+def test_aspp_sees_the_mean_and_taps_that_are_6_12_and_18_pixels_apart():
+    aspp, x = ASPP(4, 2).eval(), torch.zeros(1, 4, 41, 41)
+    x[:, :, 20, 20] = 1
+    reach = [(scale(x) != scale(0 * x)).any(dim=1).nonzero()[:, 1:] - 20 for scale in aspp.scales]
+    assert [places.abs().max().item() for places in reach] == [0, 6, 12, 18]
+    torch.testing.assert_close(aspp.mean(x), aspp.mean(x.mean(dim=(2, 3), keepdim=True)))
+
+
+def test_squeeze_and_excite_weighs_channels_by_the_means_of_all():
+    x, block = torch.randn(2, 16, 5, 5), SqueezeExcite(16)
+    squeeze, excite = (block.weigh[i].weight[:, :, 0, 0] for i in (0, 2))
+    weights = torch.sigmoid(torch.relu(x.mean(dim=(2, 3)) @ squeeze.T) @ excite.T)
+    torch.testing.assert_close(block(x), x * weights[:, :, None, None])
+
+
 # Runs
 
 
@@ -220,18 +235,3 @@ def test_checkpoints_predict_an_image_of_any_size(model, skip, tmp_path):
     predict.main(predict.parse_args([str(path), str(tmp_path / "a.png"), "--device", "cpu",
                                      "--out", str(tmp_path / "out")]))
     assert Image.open(tmp_path / "out" / "a_mask.png").size == (50, 30)
-
-
-def test_aspp_sees_the_mean_and_taps_that_are_6_12_and_18_pixels_apart():
-    aspp, x = ASPP(4, 2).eval(), torch.zeros(1, 4, 41, 41)
-    x[:, :, 20, 20] = 1
-    reach = [(scale(x) != scale(0 * x)).any(dim=1).nonzero()[:, 1:] - 20 for scale in aspp.scales]
-    assert [places.abs().max().item() for places in reach] == [0, 6, 12, 18]
-    torch.testing.assert_close(aspp.mean(x), aspp.mean(x.mean(dim=(2, 3), keepdim=True)))
-
-
-def test_squeeze_and_excite_weighs_channels_by_the_means_of_all():
-    x, block = torch.randn(2, 16, 5, 5), SqueezeExcite(16)
-    squeeze, excite = (block.weigh[i].weight[:, :, 0, 0] for i in (0, 2))
-    weights = torch.sigmoid(torch.relu(x.mean(dim=(2, 3)) @ squeeze.T) @ excite.T)
-    torch.testing.assert_close(block(x), x * weights[:, :, None, None])
