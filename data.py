@@ -196,7 +196,7 @@ def split_tiles(data, rows, split):
         if split == "tile":
             train, rest = official["train"], official["val"]
         else:
-            train, rest = split_by_hash(rows, everything, 30760 / 36189, "image")  # as the paper
+            train, rest = split_by_hash(rows, everything, 30760 / 36189, "image")  # paper 2.3
         test, val = split_by_hash(rows, rest, 4021 / 5429, split)
     else:
         train, rest = split_by_hash(rows, everything, 0.7, split)
@@ -301,11 +301,11 @@ def read_tiles(tiles, indices, device):
 
 
 def read_windows(tiles, wholes, indices, positions, scale, device):
-    """Cut windows out of the whole images of some tiles -> [images (n, side, side, 3), masks (n,
-    side, side)], uint8, in pinned memory as by `read_tiles`.
+    """Cut windows out of the whole images of some tiles -> [images, masks], as `read_tiles` does.
 
-    `side` is `window_side(scale)`: room around a window to rotate and scale it. positions (n, 2),
-    0..1: where windows lie, from the image's first pixel to the last at which a tile can start.
+    They are (n, side, side, 3) and (n, side, side), `side` being `window_side(scale)`: a window and
+    the room around it that rotating and scaling need. positions (n, 2), 0..1: where windows lie,
+    from the image's first pixel to the last at which a tile can start.
     """
     side, pieces = window_side(scale), []
     for index, position in zip(indices.tolist(), positions.tolist()):

@@ -201,7 +201,7 @@ def main(args):
     model = wrap(raw_model, args.compile, device, world_size)
     print_start(args, raw_model, run["weights"], parts, device)
     start = saved = shown = time.time()
-    first, began = run["step"], start - run["elapsed"]  # had it run without a break
+    first, began = run["step"], start - run["elapsed"]  # began: if never interrupted
 
     def save(name, **more):
         if rank == 0:
