@@ -12,6 +12,7 @@ import os
 import re
 import struct
 import time
+import unicodedata
 import warnings
 import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
@@ -348,12 +349,17 @@ def match_masks(images, masks):
     return [(images[name], masks[name]) for name in sorted(images)]
 
 
+def stem(path):
+    """A file's name without suffix; in one spelling, as some systems store an accent by itself."""
+    return unicodedata.normalize("NFC", path.stem)
+
+
 def index_by_stem(paths):
     """{name without suffix: path}; ValueError for two files of one name."""
     named = {}
     for path in paths:
-        if named.setdefault(path.stem, path) != path:
-            raise ValueError(f"{path}: {named[path.stem]} has the same name: keep one of them")
+        if named.setdefault(stem(path), path) != path:
+            raise ValueError(f"{path}: {named[stem(path)]} has the same name: keep one of them")
     return named
 
 
@@ -446,7 +452,7 @@ def find_own(folders, names=None, scale=1.0):
                 enough = math.ceil(100.5 * scale * TILE / min(width, height)) / 100
                 raise ValueError(f"{image}: {width} x {height} pixels, less than a tile of {TILE}: "
                                  f"give --scale {enough:g}")
-            items.append((image, mask, [(image.stem, row, column, part, top, left)
+            items.append((image, mask, [(stem(image), row, column, part, top, left)
                                         for row, top in enumerate(tile_starts(height))
                                         for column, left in enumerate(tile_starts(width))]))
     index_by_stem(images)  # no two of one name, in whatever parts

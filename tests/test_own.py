@@ -171,6 +171,14 @@ def test_names_of_any_script_are_kept_whatever_the_systems_encoding(tmp_path, mo
     assert tiles.rows[0][0] == "größe_腫瘍-0"
 
 
+def test_an_accent_has_one_spelling_whatever_system_stored_it(tmp_path):
+    folder = write_set(tmp_path / "raw", 2, name="caf\u00e9")
+    for path in (folder / "images").iterdir():  # as some systems store it: e, then its accent
+        path.rename(path.with_name(path.name.replace("\u00e9", "e\u0301")))
+    tiles = prepare(folder, tmp_path)
+    assert {row[0] for row in tiles.rows} == {"caf\u00e9-0", "caf\u00e9-1"}
+
+
 def test_a_name_that_is_no_text_is_named_before_work_starts(tmp_path):
     folder = write_set(tmp_path / "raw", 2, name="gr\udcf6sse")  # Latin-1 on a disk
     with pytest.raises(ValueError, match=r"sse-0\.png: its name.*rename it"):
