@@ -4,7 +4,7 @@
 #   ./reproduce.sh monuseg                                 both networks, three skips, seeds 0 1 2
 #   ./reproduce.sh monuseg --skips conv fusion --seeds 0   some of them
 #   ./reproduce.sh monuseg --models unet --width 16        other flags go to train.py
-#   ./reproduce.sh monuseg --jobs 2                        two at a time (default: one per GPU, else 1)
+#   ./reproduce.sh monuseg --jobs 2                        two at a time (default: one a GPU, or 1)
 #
 # Start it again after an interruption: what is finished is skipped, the rest resumed, and a run
 # that fails does not stop the others. Each run's output is in runs/*.log, the page in
@@ -28,7 +28,7 @@ for word; do
   esac
 done
 [[ $jobs =~ ^\ *[1-9][0-9]*$ && $models && $skips && $seeds ]] || {
-  echo "reproduce.sh: give --jobs a number above 0, and --models, --skips, --seeds at least one value" >&2
+  echo "reproduce.sh: give --jobs a number above 0, and each other list at least one value" >&2
   exit 2
 }
 

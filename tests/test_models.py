@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, fit, save_network
@@ -476,12 +477,15 @@ class RunsCode:
         return Path.touch, (self.path,)
 
 
-def test_weights_that_are_missing_or_damaged_are_named(swin, tmp_path):
+def test_weights_that_are_missing_or_damaged_are_named(swin, tmp_path, monkeypatch):
     (tmp_path / "page.pth").write_text("<html>quota exceeded</html>")
     with pytest.raises(ValueError, match="page.pth: not weights"):
         load_encoder(swin.encoder, tmp_path / "page.pth")
     with pytest.raises(FileNotFoundError, match="none.pth: no such file"):
         load_encoder(swin.encoder, tmp_path / "none.pth")
+    original = timm.models.load_state_dict  # with the default of our oldest timm, which runs code
+    monkeypatch.setattr(timm.models, "load_state_dict", lambda path, weights_only=False: original(
+        path, weights_only=weights_only))
     torch.save({"model": RunsCode(tmp_path / "ran")}, tmp_path / "code.pth")
     with pytest.raises(ValueError, match="code.pth: not weights"):
         load_encoder(swin.encoder, tmp_path / "code.pth")

@@ -331,6 +331,22 @@ def test_several_processes_talk_by_what_their_device_has(device, backend, monkey
     assert asked == [backend]  # gloo on a CPU even where there are GPUs, which PyTorch would prefer
 
 
+def test_what_rank_0_can_print_ends_no_other_process(monkeypatch):
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend: None)
+    monkeypatch.setattr("sys.stdout", sys.stdout)  # put back at the end
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert setup_processes(torch.device("cpu")) == (1, 2)
+    print("writing runs/\udcff", flush=True)  # a name that no encoding has
+
+
+def test_a_notebook_whose_output_cannot_be_reconfigured_runs_a_script(monkeypatch):
+    lines = []
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(write=lines.append, flush=lambda: None))
+    utils.run_cli(lambda args: print("done"), list)
+    assert lines[0] == "done"
+
+
 def test_one_process_is_rank_0_and_does_what_rank_0_does(monkeypatch):
     for name in "RANK", "WORLD_SIZE":
         monkeypatch.delenv(name, raising=False)
