@@ -3,6 +3,7 @@
 A BCSS tile is quickly written: what it takes to prepare many files is tested here, too.
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -116,11 +117,17 @@ def test_real_tiles_prepare_and_train(shared, tmp_path):
     score = train.main(train.parse_args([
         "--data", "bcss", "--width", "2", "--epochs", "1", "--batch-size", "2", "--data-root",
         str(tmp_path), "--out", str(tmp_path / "run")]))
-    assert 0 <= score <= 1
+    again, = evaluation.main(evaluation.parse_args([str(tmp_path / "run/best.pt")]))
+    assert again["per_tile"]["iou"] == score
 
 
 # -----------------------------------------------------------------------------
 # Splits
+
+
+def test_label_7_of_bcss512_is_exclude_and_label_0_lies_outside():
+    classes = data.SETS["bcss512"]["classes"]
+    assert len(classes) == 22 and classes[7] == "exclude" and classes[0] == "outside_roi"
 
 
 def rows_of(counts, per_region=40):
@@ -140,6 +147,17 @@ def test_split_sizes_are_the_papers(name, counts, sizes):
     officially = {part: {rows[i][3] for i in indices} for part, indices in parts.items()}
     assert officially == ({"train": {"train"}, "val": {"val"}, "test": {"val"}} if name == "bcss"
                           else {"train": {"train"}, "val": {"val"}, "test": {"train"}})
+
+
+@pytest.mark.parametrize("name, how, digest", [
+    ("bcss", "tile", "665dade9cafe97ac"), ("bcss", "image", "631de364be0a17f8"),
+    ("bcss512", "tile", "cdd6ad99d3bd71a6"), ("bcss512", "image", "a9d2f8a3b39e663c")])
+def test_split_is_that_of_earlier_versions(name, how, digest):
+    rows = rows_of({"train": (6000, True), "val": (2768, True)} if name == "bcss512" else
+                   {"train": (30760, False), "val": (5429, False)})
+    listed = json.dumps(sorted([*rows[i][:3], part] for part, indices in data.split_tiles(
+        name, rows, how).items() for i in indices.tolist()))
+    assert hashlib.sha256(listed.encode()).hexdigest()[:16] == digest
 
 
 @pytest.mark.parametrize("name", SIZE)
@@ -343,6 +361,8 @@ def test_ignored_labels_are_left_out_of_the_loss_the_choice_of_epoch_and_the_sco
     assert row["val_iou_per_tile"] == pytest.approx(metrics["per_tile"]["iou"] or 0)
     scores = json.loads((tmp_path / "run/scores.json").read_text())
     assert [label["label"] for label in scores["classes"]] == [1]
+    again, = evaluation.main(evaluation.parse_args([str(tmp_path / "run/best.pt")]))
+    assert all(again[part] == scores[part] for part in ("per_tile", "global", "classes", "tiles"))
     said = refused(capsys, train, *flags, tmp_path / "none", "--ignore-index", 3)
     assert "--ignore-index 3: bcss has no such label" in said
     said = refused(capsys, train, *flags, tmp_path / "none", "--ignore-index", 0, 1, 2)

@@ -33,6 +33,11 @@ def test_naive_fusion_is_the_same_function():
     torch.testing.assert_close(naive(features), ours(features))
 
 
+def test_a_product_of_square_matrices_takes_two_operations_a_step(monkeypatch):
+    monkeypatch.setattr(benchmark, "seconds", lambda work, device: 4.0)
+    assert benchmark.matmul_rate(CPU) == 2048**3 / 2
+
+
 @pytest.mark.parametrize("skip", ["conv", "fusion"])
 def test_the_baseline_learns_the_same_from_a_batch(skip, monkeypatch):
     calls, forward = [], NaiveFusion.forward

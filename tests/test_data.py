@@ -24,8 +24,9 @@ from conftest import SHARED, refused
 from PIL import Image
 
 import data
-import synthetic as synthetic_tissue
 import plots
+import synthetic as synthetic_tissue
+from losses import RECIPE_VERSION
 from raw import MONUSEG_LATER, MONUSEG_TEST, READERS, read_monuseg, read_polygons
 
 SQUARE = [(100, 100), (400, 100), (400, 300), (100, 300)]
@@ -235,9 +236,10 @@ def test_a_reader_of_another_number_of_tiles_than_listed_is_refused(tmp_path, mo
 
 def test_raw_files_in_the_place_of_the_tiles_do_not_pass_for_prepared(tmp_path, capsys):
     raw = write_raw(tmp_path / "monuseg", "a")
-    with pytest.raises((ValueError, OSError), match="monuseg"):
+    with pytest.raises(FileExistsError, match="monuseg: is in the way"):
         prepare(raw, tmp_path)
     assert "remove it" not in capsys.readouterr().out  # they would be lost
+    assert not (tmp_path / "monuseg.partial").exists()
 
 
 # -----------------------------------------------------------------------------
@@ -270,9 +272,13 @@ def test_split_sizes_and_image_split_shares_no_image(how, tiles, images):
 
 
 @pytest.mark.parametrize("how, digest", [
-    ("tile", "74cd9cee5ffea604"), ("image", "bfd517ccf9f61dc5"), ("official", "ecee29db989530e1")])
+    ("tile", "74cd9cee5ffea604"), ("image", "bfd517ccf9f61dc5"), ("official", "ecee29db989530e1"),
+    ("official-sites", "2ad1f3c4c0027c6b")])
 def test_split_is_the_same_everywhere_and_in_any_order(how, digest):
-    parts = split(random.Random(0).sample(ROWS, len(ROWS)), how)
+    rows = random.Random(0).sample(ROWS, len(ROWS))
+    if how == "official-sites":  # each image of a site of its own
+        rows = [(row[0].replace("made-up-", ""), *row[1:]) for row in rows]
+    parts = split(rows, how)
     listed = json.dumps(sorted([*tile, part] for tile, part in parts.items()))
     # Another digest means other test tiles: scores of earlier versions no longer compare.
     assert hashlib.sha256(listed.encode()).hexdigest()[:16] == digest
@@ -366,10 +372,11 @@ BAD_RAW = {  # what is wrong: (how to make it so, what the error says)
     "mask without background": (png([1, 255]), r"b\.png.*\[1, 255\]"),
     "XML cut off": (edit("b.xml", lambda text: text[:-40]), r"b\.xml.*readable"),
     "XML without regions": (put("b.xml", xml()), r"b\.xml.*Region"),
-    "XML of unknown encoding": (put("b.xml", '<?xml version="1.0" encoding="no"?><b/>'), r"b\.xml"),
+    "XML of unknown encoding": (put("b.xml", '<?xml version="1.0" encoding="no"?><b/>'),
+                                r"b\.xml.*unknown encoding"),
     "entity bomb": (put("b.xml", BOMB), r"b\.xml.*declares entities"),
-    "entity bomb in UTF-16": (put("b.xml", BOMB.encode("utf-16")), r"b\.xml"),
-    "vertex without Y": (put("b.xml", '<Region><Vertex X="1"/></Region>'), r"b\.xml"),
+    "entity bomb in UTF-16": (put("b.xml", BOMB.encode("utf-16")), r"b\.xml.*not a readable annot"),
+    "vertex without Y": (put("b.xml", '<Region><Vertex X="1"/></Region>'), r"b\.xml.*'Y'"),
     "vertex NaN": (put("b.xml", xml(SQUARE, [(1, 1), ("nan", 2), (3, 1)])), r"b\.xml.*region 2"),
     "vertex infinite": (put("b.xml", xml([(1, 1), ("inf", 2), (3, 1)])), r"b\.xml.*region 1"),
     "polygon right of the image": (put("b.xml", xml(SQUARE, [(1000, 1), (1009, 1), (1009, 9)])),
@@ -383,7 +390,7 @@ BAD_RAW = {  # what is wrong: (how to make it so, what the error says)
     "grayscale": (tif("L"), r"b\.tif.* L\b"),
     "CMYK": (tif("CMYK"), r"b\.tif.*CMYK"),
     "16-bit grayscale": (tif("I;16"), r"b\.tif.*I;16"),
-    "16-bit RGB": (rgb_of_16_bits, r"b\.tif"),
+    "16-bit RGB": (rgb_of_16_bits, r"b\.tif.*16 bits per channel"),
     "not 1000 x 1000": (tif("RGB", (1000, 999)), r"b\.tif.*1000 x 999"),
 }
 
@@ -430,7 +437,7 @@ def test_file_that_cannot_be_opened_now_is_not_called_damaged(tmp_path, monkeypa
     def refuse(*_, **__):
         raise OSError(error, os.strerror(error))
     write_prepared(tmp_path, 2)
-    monkeypatch.setattr(np, "load", refuse)
+    monkeypatch.setattr(np.lib.format, "open_memmap", refuse)
     with pytest.raises(OSError, match=rf"images\.npy.*{os.strerror(error)}") as caught:
         data.load("monuseg", tmp_path)
     assert not re.search("damaged|remove", str(caught.value))  # it may be sound
@@ -480,6 +487,16 @@ def test_synthetic_set_is_whole_and_the_same_each_time(synthetic):
     again = data.synthetic(5)
     assert torch.equal(again.images, images[:5]) and torch.equal(again.masks, masks[:5])
     assert not torch.equal(masks[0], masks[1])
+
+
+def test_synthetic_tiles_and_their_split_are_those_of_earlier_versions(synthetic):
+    areas = synthetic.masks[:3].sum(dim=(1, 2)).tolist()
+    assert areas == pytest.approx([8344, 7636, 8458], rel=0.01)
+    assert data.split_tiles("synthetic", synthetic.rows, "tile")["test"].tolist() == [
+        7, 25, 33, 43, 56, 77, 78, 81, 86, 97]
+    _, labels = synthetic_tissue.draw_tiles(3, 22)
+    assert (labels == 1).sum(axis=(1, 2)).tolist() == pytest.approx([8269, 14401, 11853],
+                                                                        rel=0.01)
 
 
 def test_no_threshold_on_a_colour_solves_the_synthetic_set(synthetic):
@@ -641,12 +658,36 @@ def test_each_augmentation_has_its_strength():
     assert (directions / len(turned) - 1 / 8).abs().max() < 0.04
     lines = torch.cat((drawn["columns"], drawn["rows"]))
     assert torch.allclose(lines[:, [0, -1]], torch.tensor([-1.0, 1.0]), atol=1e-5)
-    widths = lines.diff() * data.GRID_CELLS / 2
-    assert 0.5 < widths.min() < 0.75 and 1.25 < widths.max() < 1.7  # 0.7 to 1.3 of their mean
+    widths = lines.diff()
+    assert widths.shape == (8000, 5)
+    assert 1.75 < (widths.amax(1) / widths.amin(1)).max() < 1.3 / 0.7 + 1e-4  # each 0.7 to 1.3
     shifts = drawn["elastic"][drawn["elastic"] != 0] * 224 / 2
-    assert abs(shifts.std() - data.ELASTIC_STD) < 0.1 and abs(shifts.mean()) < 0.1
+    assert abs(shifts.std() - 8) < 0.1 and abs(shifts.mean()) < 0.1  # pixels
     low, high = drawn["brightness"].aminmax()
     assert 0.8 <= low < 0.81 and 1.19 < high <= 1.2
+
+
+def test_leaving_an_augmentation_out_leaves_the_draws_of_the_others():
+    everything = draws(50)
+    for name, left_out in ("columns", "grid"), ("rows", "grid"), ("elastic", "elastic"):
+        for other in data.WARPS:
+            drawn = draws(50, names={*data.WARPS, *data.COLOURS} - {other})[name]
+            assert torch.equal(drawn, everything[name]) == (other != left_out)
+    matrix = draws(50, names=("rotation", "flip"))["matrix"]
+    assert torch.equal(matrix, everything["matrix"])
+    turned, flips = (draws(50, names=[name])["matrix"] for name in ("rotation", "flip"))
+    torch.testing.assert_close(turned @ flips, matrix)
+
+
+def test_what_a_seed_draws_is_what_it_drew_in_earlier_versions():
+    """Another draw is another run: then RECIPE_VERSION must be raised."""
+    assert torch.randperm(11, generator=data.seeded_generator(0, 1)).tolist() == [
+        1, 0, 10, 5, 9, 2, 8, 7, 3, 6, 4]
+    drawn = data.draw_augmentation(2, data.seeded_generator(0, 1, 0), windows=0.25, stain=0.25)
+    assert {name: values.abs().sum().item() for name, values in drawn.items()} == pytest.approx({
+        "matrix": 4.2759, "columns": 7.3437, "rows": 7.0700, "elastic": 11.6109,
+        "brightness": 1.9783, "zoom": 0.9759, "stain": 5.9390}, abs=1e-3)
+    assert RECIPE_VERSION == 3
 
 
 def test_brightness_scales_and_clamps_the_image_and_leaves_the_mask():

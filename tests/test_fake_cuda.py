@@ -53,7 +53,7 @@ def on_cuda(*tensors):
 @pytest.mark.parametrize("where", ["cpu", "cuda"])
 def test_a_batch_is_augmented_where_it_is_trained(where):
     with FakeTensorMode():
-        stored = data.read_tiles(tiles(where), torch.tensor([3, 1, 0]), "cuda")
+        stored = data.read_tiles(tiles(where), torch.tensor([3, 1, 0]))
         assert [array.device.type for array in stored] == [where, where]  # not copied ahead
         draws = data.draw_augmentation(3, torch.Generator())
         assert not any(map(on_cuda, draws.values()))
@@ -66,7 +66,7 @@ def test_windows_are_cut_where_the_set_lies_and_stained_where_they_are_trained(w
     whole = data.WholeImage(torch.arange(4).view(2, 2), [0, 224], [0, 100])
     indices, places = torch.tensor([3, 1]), torch.rand(2, 2)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        stored = data.read_windows(tiles(where), {"a": whole}, indices, places, 0.25, "cuda")
+        stored = data.read_windows(tiles(where), {"a": whole}, indices, places, 0.25)
         assert [array.device.type for array in stored] == [where, where]
         draws = data.draw_augmentation(2, torch.Generator(), windows=0.25, stain=0.25)
         images, masks = data.augment(*data.to_batch(stored, "cuda"), draws)

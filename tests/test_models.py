@@ -207,6 +207,7 @@ def test_every_map_that_the_skip_returns_matters_to_the_logits(model, monkeypatc
         network.eval()
     images = torch.randn(1, 3, side, side)
     before = network(images)
+    assert levels
     for lost in [*levels]:
         assert (network(images) - before).abs().max() > 1e-4, lost
 
@@ -284,14 +285,16 @@ def test_a_name_in_no_table_is_refused(names, told):
         create_model(*names, 1)
 
 
-@pytest.mark.parametrize("model", ["unet", "swin_unet"])
-def test_3x3_convolutions_start_as_u_nets_authors_drew_them(model):
-    drawn = [layer for layer in create_model(model, "conv", 1, width=16).modules()
+@pytest.mark.parametrize("model, skip, number", [
+    ("unet", "conv", 18), ("swin_unet", "conv", 8), ("unet", "nested", 30),
+    ("unet", "fusionunet", 42)])
+def test_3x3_convolutions_start_as_u_nets_authors_drew_them(model, skip, number):
+    drawn = [layer for layer in create_model(model, skip, 1, width=16).modules()
              if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3)]
     for layer in drawn:
-        std = (2 / (9 * layer.in_channels)) ** 0.5
+        std = (2 / layer.weight[0].numel()) ** 0.5
         assert layer.weight.std().item() == pytest.approx(std, rel=0.1) and not layer.bias.any()
-    assert len(drawn) == {"unet": 18, "swin_unet": 8}[model]
+    assert len(drawn) == number
 
 
 def test_swin_taps_equal_timm_stage_by_stage(swin):

@@ -107,6 +107,18 @@ def test_no_seam_shows_where_tiles_disagree():
     assert steps < 2 * 0.96 / 32  # a cut would be 0.96, a straight ramp over the overlap 0.96 / 32
 
 
+def test_the_weights_of_two_tiles_that_overlap_by_half_add_up_to_one():
+    _, _, weights = predict.tile_positions(300, 224, 224, 112)
+    torch.testing.assert_close(weights[:112] + weights[112:], torch.ones(112))
+
+
+def test_large_tiles_overlap_by_128_pixels():
+    network = redness(like="unet")
+    blend(network, noise(1200, 10))
+    left, right = network.shown
+    assert torch.equal(left[..., -128:], right[..., :128])
+
+
 def test_an_image_that_one_tile_can_hold_is_one_tile():
     for length, tile in (1, 16), (16, 16), (224, 224), (896, 896), (1020, 1024), (1024, 1024):
         network = redness(like="unet")

@@ -66,7 +66,7 @@ def ramp_window(draws, side):
     return 1000 * window[0, 0], 1000 * window[0, 1]
 
 
-@pytest.mark.parametrize("angle, scale", [(0, 1), (math.pi / 4, 1), (1.9, math.exp(0.25)),
+@pytest.mark.parametrize("angle, scale", [(0, 1), (1.9, 1), (math.pi / 4, math.exp(0.25)),
                                           (-math.pi / 4, math.exp(-0.25))])
 def test_a_turned_and_scaled_window_shows_what_lies_there_to_its_corners(angle, scale):
     lines, side = torch.linspace(-1, 1, data.GRID_CELLS + 1)[None], data.window_side(0.25)
@@ -79,6 +79,10 @@ def test_a_turned_and_scaled_window_shows_what_lies_there_to_its_corners(angle, 
     assert x.shape == (224, 224)
     torch.testing.assert_close(x, scale * (c * u - s * v), atol=0.01, rtol=0)
     torch.testing.assert_close(y, scale * (s * u + c * v), atol=0.01, rtol=0)
+
+
+def test_around_a_turned_window_there_is_room_for_elastic_shifts():
+    assert data.window_side(0.25) >= 2 * (112 * math.exp(0.25) * math.sqrt(2) + 8)  # pixels
 
 
 def batches(tiles, images, n=8, names="none", seed=0, windows=1e-9, **options):
@@ -134,6 +138,13 @@ def test_tiles_that_make_no_whole_image_are_refused(wholes):
     tiles, _ = wholes
     with pytest.raises(ValueError, match="mine: the tiles of 0 do not make up a whole image"):
         data.whole_images("mine", tiles, torch.arange(1, 4))
+    for indices in [1, 3], [2, 3]:  # the right column alone, and the lower row
+        with pytest.raises(ValueError, match="mine: the tiles of 0 do not make up a whole image"):
+            data.whole_images("mine", tiles, torch.tensor(indices))
+    for corners in [(0, 0), (0, 225)], [(0, 0), (225, 0)]:  # a line of pixels between two tiles
+        with pytest.raises(ValueError, match="mine: the tiles of a do not make up a whole image"):
+            pair = data.Tiles(None, None, [("a", 0, 0, "train")] * 2, None, corners)
+            data.whole_images("mine", pair, torch.arange(2))
     with pytest.raises(ValueError, match="bcss: the tiles of"):
         tiles = data.Tiles(*[None] * 2, [("a", 9, 9, "train")] * 2, None, [(0, 0)] * 2)
         data.whole_images("bcss", tiles, torch.arange(2))
@@ -147,12 +158,14 @@ def test_tiles_that_make_no_whole_image_are_refused(wholes):
 
 def test_stains_scale_and_shift_their_own_density_alone():
     absorption = torch.nn.functional.normalize(torch.tensor((data.HEMATOXYLIN, data.EOSIN)))
-    amounts = torch.tensor([[0.6, 0.3], [0.2, 0.7]])
+    absorption = torch.cat((absorption, torch.linalg.cross(*absorption)[None]))  # the residual's
+    amounts = torch.tensor([[0.6, 0.3, 0], [0.2, 0.7, 0], [0.6, 0.3, 0.1]])
     images = (-amounts @ absorption).exp()[..., None, None].expand(-1, -1, 4, 4).clone()
-    changes = torch.tensor([[[1.2, 1, 1], [0, 0, 0]], [[1, 0.8, 1], [0.05, 0, 0]]])
+    changes = torch.tensor([[[1.2, 1, 1], [0, 0, 0]], [[1, 0.8, 1], [0.05, 0, 0]],
+                            [[1, 1, 0.5], [0, 0, 0.04]]])
     changed = data.change_stain(images, changes)[:, :, 0, 0]
-    expected = (-torch.tensor([[0.72, 0.3], [0.25, 0.56]]) @ absorption).exp()
-    torch.testing.assert_close(changed, expected, atol=1e-5, rtol=0)
+    amounts = torch.tensor([[0.72, 0.3, 0], [0.25, 0.56, 0], [0.6, 0.3, 0.09]])
+    torch.testing.assert_close(changed, (-amounts @ absorption).exp(), atol=1e-5, rtol=0)
 
 
 def test_stains_left_as_they_are_change_no_image_and_none_leaves_0_to_1():
@@ -341,6 +354,14 @@ def test_batch_norms_statistics_are_averaged_and_its_count_is_copied():
                     zip(expected, (model.running_mean, model.running_var))]
     assert [average.running_mean.item(), average.running_var.item()] == pytest.approx(expected)
     assert average.num_batches_tracked == 3
+
+
+def test_the_average_is_taken_after_the_step(root, tmp_path):
+    # With so small a decay, the average is all but the weights themselves.
+    fit(root, tmp_path / "run", "--ema", "1e-4", "--schedule", "constant")
+    last = load(tmp_path / "run/last.pt")
+    for name, weights in last["trained"].items():
+        torch.testing.assert_close(last["model"][name], weights, atol=1e-4, rtol=0)
 
 
 def test_schedule_and_average_know_where_in_the_whole_run_they_are(root, tmp_path, monkeypatch):

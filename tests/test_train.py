@@ -184,6 +184,7 @@ def test_best_is_the_epoch_of_the_best_validation_iou_also_after_a_resume(tmp_pa
     assert same(best["model"], load(tmp_path / "two/last.pt")["model"])
     assert torch.equal(tested["run"], tested["two"])
     assert len(best["log"]) == 2
+    assert len(run("tie", [0.4, 0.4, 0.1, 0.0])["log"]) == 2  # of equal epochs, the later one
     longer = run("run", [0.35, 0.0], "--epochs", "4", "--resume")
     assert len(longer["log"]) == 2 and longer["args"]["epochs"] == 4
     assert len(run("run", [0.45, 0.0], "--epochs", "5", "--resume")["log"]) == 5
@@ -192,12 +193,14 @@ def test_best_is_the_epoch_of_the_best_validation_iou_also_after_a_resume(tmp_pa
 @pytest.mark.parametrize("name, model, epochs, batch_size, lr", [
     ("monuseg", "unet", 50, 8, 1e-3), ("monuseg", "swin_unet", 50, 8, 1e-3),
     ("bcss", "unet", 10, 50, 1e-3), ("bcss", "swin_unet", 10, 50, 1e-5),
-    ("bcss512", "unet", 10, 50, 1e-3), ("bcss512", "swin_unet", 10, 50, 1e-5)])
+    ("bcss512", "unet", 10, 50, 1e-3), ("bcss512", "swin_unet", 10, 50, 1e-5),
+    ("synthetic", "unet", 8, 2, 1e-3), ("synthetic", "swin_unet", 8, 2, 1e-4)])  # these two: ours
 def test_defaults_are_the_papers_recipe(name, model, epochs, batch_size, lr):
     for skip in SKIPS:
         args = train.parse_args(["--data", name, "--model", model, "--skip", skip, "--seed", "3"])
         assert (args.epochs, args.batch_size, args.lr) == (epochs, batch_size, lr)
-        assert (args.width, args.split) == (64, "tile") and not args.ignore_index
+        assert (args.width, args.split) == (16 if name == "synthetic" else 64, "tile")
+        assert not args.ignore_index
         assert args.out == Path(f"runs/{name}-{model}-{skip}-seed3")
 
 
