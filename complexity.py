@@ -28,8 +28,8 @@ import numpy as np
 
 from plots import draw_error_bars
 from raw import COLUMNS
-from report import (fill_page, group_by, markdown, mean_and_error, read_scores, skip_differences,
-                    student_t, table_2)
+from report import (fill_page, markdown, mean_and_error, read_scores, skip_differences, student_t,
+                    table_2)
 from synthetic import NAMES, merge, tissue_tile
 from utils import number, print_progress, run_cli, write_atomic
 
@@ -68,32 +68,28 @@ def cell_name(data_set, skip, seed):
 # Sets and runs
 
 
-def draw_sets(sets):
-    """Write the sets, all of one grain, that are not there yet, as data.load reads them.
+def draw_set(k, grain):
+    """Write a set, as data.load reads it, unless it is there already.
 
-    Their tiles are the same, and so are the tiles' parts; only their labels are merged differently.
+    Sets of one grain have the same tiles and parts; only their labels are merged differently.
     """
-    missing = [data_set for data_set in sets if not (DATA / set_name(*data_set)).exists()]
-    if not missing:
+    final, folder = DATA / set_name(k, grain), DATA / f"{set_name(k, grain)}.partial"
+    if final.exists():
         return
     parts = [part for part, count in TILES.items() for _ in range(count)]
-    names = ", ".join(set_name(*data_set) for data_set in missing)
-    print(f"drawing {len(parts)} tiles for {names}")
-    images, labels = map(np.stack, zip(*(
-        tissue_tile(np.random.default_rng([2027, tile]), missing[0][1])
-        for tile in range(len(parts)))))
-    for k, grain in missing:
-        folder = DATA / f"{set_name(k, grain)}.partial"
-        folder.mkdir(parents=True, exist_ok=True)
-        np.save(folder / "images.npy", images)
-        np.save(folder / "masks.npy", merge(labels, k))
-        info = {"classes": [*NAMES[:k]] if k > 1 else ["nucleus"], "scale": 1.0,
-                "split": "official", "recipe": "bcss" if k > 1 else "monuseg"}
-        (folder / "set.json").write_text(json.dumps(info, indent=1))
-        with open(folder / "tiles.csv", "w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *((f"tile-{tile:03}", 0, 0, part, 0, 0)
-                                                   for tile, part in enumerate(parts))])
-        folder.rename(DATA / set_name(k, grain))
+    print(f"{final}: drawing {len(parts)} tiles", flush=True)
+    images, labels = map(np.stack, zip(*(tissue_tile(np.random.default_rng([2027, tile]), grain)
+                                         for tile in range(len(parts)))))
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "images.npy", images)
+    np.save(folder / "masks.npy", merge(labels, k))
+    info = {"classes": [*NAMES[:k]] if k > 1 else ["nucleus"], "scale": 1.0, "split": "official",
+            "recipe": "bcss" if k > 1 else "monuseg"}
+    (folder / "set.json").write_text(json.dumps(info, indent=1))
+    with open(folder / "tiles.csv", "w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *((f"tile-{tile:03}", 0, 0, part, 0, 0)
+                                               for tile, part in enumerate(parts))])
+    folder.rename(final)
 
 
 def train_cell(cell):
@@ -237,9 +233,8 @@ def main(args):
     if not args.report:
         for folder in RUNS, RESULTS:
             folder.mkdir(parents=True, exist_ok=True)
-        sets = dict.fromkeys(data_set for data_set, _, _ in all_cells())
-        for of_one_grain in group_by(sets, lambda data_set: data_set[1]).values():
-            draw_sets(of_one_grain)
+        for data_set in dict.fromkeys(data_set for data_set, _, _ in all_cells()):
+            draw_set(*data_set)
         failed = train_cells(all_cells(), args.jobs)
     make_page()
     if failed:

@@ -54,17 +54,14 @@ def not_prepared(data, root):
                              "or give --data-root")
 
 
-def read_info(data, root, num_classes=1):
+def read_info(data, root):
     """What is known about a data set -> dict as in SETS; for a set of your own, from its set.json.
 
-    `num_classes` is for the synthetic set. Raises FileNotFoundError or ValueError saying how to
-    prepare the data.
+    Raises FileNotFoundError or ValueError saying how to prepare the data.
     """
     if not SET_NAME.fullmatch(data):
         raise ValueError(f"{data!r} is not the name of a data set: give that of a folder in "
                          "--data-root, of letters, digits, _ and - alone")
-    if data == "synthetic" and num_classes > 1:
-        return SETS[data] | {"classes": [*NAMES[:num_classes]]}
     if data in SETS:
         return SETS[data]
     path = Path(root, data, "set.json")
@@ -99,9 +96,9 @@ def load(data, root, num_classes=1):
     `num_classes` is for the synthetic set. Raises FileNotFoundError or ValueError saying how to
     prepare the data.
     """
-    info = read_info(data, root, num_classes)
     if data == "synthetic":
         return synthetic(num_classes=num_classes)
+    info = read_info(data, root)
     folder = Path(root, data)
     again = f"remove {folder} and {how_to_prepare(data)}"
     if not (folder / "tiles.csv").exists():
@@ -119,16 +116,15 @@ def load(data, root, num_classes=1):
     for name, shape in ARRAYS.items():
         path = folder / f"{name}.npy"
         try:  # copy-on-write, because torch wants an array that it could write to
-            arrays.append(np.load(path, mmap_mode="c"))
-        except (ValueError, EOFError) as error:
+            array = np.lib.format.open_memmap(path, "c")
+        except ValueError as error:
             raise ValueError(f"{path}: damaged ({error}): {again}") from None
         except OSError as error:  # the system's: the file itself may be sound
             raise OSError(f"{path}: cannot be opened ({error.strerror})") from None
-        if not isinstance(arrays[-1], np.ndarray):
-            raise ValueError(f"{path}: damaged (not a single array): {again}")
-        if arrays[-1].shape != (len(rows), *shape) or arrays[-1].dtype != np.uint8:
-            raise ValueError(f"{path}: {arrays[-1].dtype} {arrays[-1].shape}, but tiles.csv has "
-                             f"{len(rows)} tiles: {again}")
+        if array.shape != (len(rows), *shape) or array.dtype != np.uint8:
+            raise ValueError(f"{path}: {array.dtype} {array.shape}, but tiles.csv has {len(rows)} "
+                             f"tiles: {again}")
+        arrays.append(array)
     labels, highest = max(2, len(info["classes"])), arrays[1].max(initial=0)
     if highest >= labels:
         raise ValueError(f"{folder / 'masks.npy'}: holds the label {highest}, but {data} has the "
@@ -140,7 +136,8 @@ def synthetic(n=100, num_classes=1):
     """Draw n tiles of the synthetic set, the same each time -> Tiles, as `load` returns them."""
     images, masks = map(torch.from_numpy, draw_tiles(n, num_classes))
     rows = [(f"synthetic-{number:03}", 0, 0, "train") for number in range(n)]
-    return Tiles(images, masks, rows, read_info("synthetic", "", num_classes), [(0, 0)] * n)
+    names = {"classes": [*NAMES[:num_classes]]} if num_classes > 1 else {}
+    return Tiles(images, masks, rows, SETS["synthetic"] | names, [(0, 0)] * n)
 
 
 # -----------------------------------------------------------------------------
@@ -289,18 +286,17 @@ def seeded_generator(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 2)
 
 
-def read_tiles(tiles, indices, device):
+def read_tiles(tiles, indices):
     """Copy tiles out of the set -> [images (n, 224, 224, 3), masks (n, 224, 224)], uint8.
 
-    For CUDA they are in pinned memory. Touches no device but the set's, so that a thread may do it
-    ahead of time, even though MPS must be used from one thread only.
+    Touches no device but the set's, so that a thread may do it ahead of time, even though MPS must
+    be used from one thread only.
     """
     indices = to_device(indices, tiles.images.device)
-    return pinned([array.index_select(0, indices) for array in (tiles.images, tiles.masks)],
-                  tiles, device)
+    return [array.index_select(0, indices) for array in (tiles.images, tiles.masks)]
 
 
-def read_windows(tiles, wholes, indices, positions, scale, device):
+def read_windows(tiles, wholes, indices, positions, scale):
     """Cut windows out of the whole images of some tiles -> [images, masks], as `read_tiles` does.
 
     They are (n, side, side, 3) and (n, side, side), `side` being `window_side(scale)`: a window and
@@ -313,18 +309,12 @@ def read_windows(tiles, wholes, indices, positions, scale, device):
         top, left = (round(share * (size - TILE)) - (side - TILE) // 2
                      for share, size in zip(position, whole.size))
         pieces.append(cut(tiles, whole, top, left, side, side))
-    return pinned([torch.stack(arrays) for arrays in zip(*pieces)], tiles, device)
+    return [torch.stack(arrays) for arrays in zip(*pieces)]
 
 
 def window_side(scale):
     """Pixels along a square with room for a window at 45 degrees, its largest scale, and shifts."""
     return 2 * math.ceil(TILE * math.exp(scale) / math.sqrt(2) + ELASTIC_STD)
-
-
-def pinned(arrays, tiles, device):
-    """The same tensors, for CUDA in pinned memory, from which it copies without waiting."""
-    pin = torch.device(device).type == "cuda" and not tiles.images.is_cuda
-    return [array.pin_memory() for array in arrays] if pin else arrays
 
 
 def to_batch(arrays, device):
@@ -335,7 +325,7 @@ def to_batch(arrays, device):
 
 def get_batch(tiles, indices, device):
     """Read tiles of the set -> images (n, 3, 224, 224) float 0..1, masks (n, 224, 224) int64."""
-    return to_batch(read_tiles(tiles, indices, device), device)
+    return to_batch(read_tiles(tiles, indices), device)
 
 
 def normalize(images):
@@ -360,17 +350,21 @@ def train_batches(tiles, indices, batch_size, seed, first_step, last_step, devic
     """
     names = {"all": [*WARPS, *COLOURS], "none": []}.get(augmentations, augmentations.split())
     num_steps = len(indices) // batch_size  # in an epoch
+    # From pinned memory CUDA copies without waiting.
+    pin = torch.device(device).type == "cuda" and not tiles.images.is_cuda
 
     def fetch(step):
         epoch, batch_index = divmod(step, num_steps)
         order = torch.randperm(len(indices), generator=seeded_generator(seed, epoch + 1))
         start = batch_index * batch_size
         batch = indices[order[start:start + batch_size]][rank::world_size]
-        if not windows:
-            return read_tiles(tiles, batch, device)
-        rng = seeded_generator(seed, epoch + 1, batch_index, "windows")
-        positions = torch.rand(batch_size, 2, generator=rng)
-        return read_windows(tiles, wholes, batch, positions[rank::world_size], windows, device)
+        if windows:
+            rng = seeded_generator(seed, epoch + 1, batch_index, "windows")
+            positions = torch.rand(batch_size, 2, generator=rng)[rank::world_size]
+            arrays = read_windows(tiles, wholes, batch, positions, windows)
+        else:
+            arrays = read_tiles(tiles, batch)
+        return [array.pin_memory() for array in arrays] if pin else arrays
 
     with ThreadPoolExecutor(1) as reader:
         next_batch = reader.submit(fetch, first_step)
@@ -526,7 +520,7 @@ def cubic_basis(size, device):
 # The command line
 
 
-def preview(data, root, out, seed=0):
+def preview(data, root, out, seed):
     """Write a sheet: eight tiles with their outlines, each above three augmented versions."""
     tiles = load(data, root)
     indices = torch.linspace(0, len(tiles.rows) - 1, min(8, len(tiles.rows))).long()
@@ -593,9 +587,8 @@ def main(args):
     if args.command == "preview":
         preview(args.data, args.data_root, args.out, args.seed)
         return
-    options = {name: value for name, value in (("later_images", args.later_images),
-                                               ("names", args.classes), ("scale", args.scale))
-               if value}
+    options = {name: getattr(args, name) for name in ("later_images", "classes", "scale")
+               if getattr(args, name)}
     try:
         prepare("monuseg-exact" if args.raster == "exact" else args.data, args.folders,
                 args.data_root, **options)

@@ -360,8 +360,7 @@ def main(args):
             raise ValueError("--ensemble is of runs that differ in their seed, and two of these "
                              "have the same: name each once")
         path, checkpoint = next(iter(checkpoints.items()))
-        results = [score(ensemble, checkpoint, path, device, args)
-                   | {"ensemble": [*args.checkpoints]}]
+        results = [score(ensemble, checkpoint, path, device, args) | {"ensemble": args.checkpoints}]
     else:
         results = [score(build_model(checkpoint, path), checkpoint, path, device, args)
                    for path, checkpoint in checkpoints.items()]

@@ -404,14 +404,11 @@ def fetch_from_hub():
 @cache
 def parameter_counts():
     """{(model, skip): [parameters for 1, 3 and 22 classes]}, as in the paper's Table 1."""
-    counts = {}
     with torch.device("meta"):  # counts need no memory
-        for model in MODELS:
-            for skip in SKIPS:
-                networks = [create_model(model, skip, num_classes) for num_classes in (1, 3, 22)]
-                counts[model, skip] = [sum(parameter.numel() for parameter in network.parameters())
-                                       for network in networks]
-    return counts
+        return {(model, skip): [sum(parameter.numel() for parameter in
+                                    create_model(model, skip, num_classes).parameters())
+                                for num_classes in (1, 3, 22)]
+                for model in MODELS for skip in SKIPS}
 
 
 if __name__ == "__main__":

@@ -24,8 +24,13 @@ GREEN = (0, 255, 0)  # shows best on stained tissue
 # True positives, false positives, false negatives.
 FOUND, FALSE_ALARM, MISSED = (255, 255, 255), (213, 94, 0), (86, 180, 233)
 LINE_COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0),
-         (86, 180, 233), (0, 0, 0), (136, 0, 255), (102, 51, 17), (17, 34, 136), (85, 255, 119),
-         (85, 68, 85))  # any two differ by at least 16, as above
+                (86, 180, 233), (0, 0, 0), (136, 0, 255), (102, 51, 17), (17, 34, 136),
+                (85, 255, 119), (85, 68, 85))  # any two differ by at least 16, as above
+
+
+def palette_for(num_classes):
+    """A colour for each label; of one class, for background and foreground."""
+    return np.array([(0, 0, 0), GREEN], np.uint8) if num_classes == 1 else PALETTE
 
 
 def outline(mask, width=1):
@@ -225,10 +230,9 @@ def draw_preview(rows, names):
     rows: pairs of images (n, H, W, 3) and masks (n, H, W), uint8; one pair fills one row. names: of
     the classes. What has the label 0 has no outline.
     """
-    colours, legend = np.array([(0, 0, 0), GREEN], np.uint8), []
+    colours, legend = palette_for(len(names)), []
     if len(names) > 1:
         shown = np.unique([masks for _, masks in rows])
-        colours = PALETTE
         legend = [(names[label], tuple(PALETTE[label].tolist())) for label in shown if label]
     n, height, width = rows[0][1].shape
     height, width = height + 4, width + 4  # with a gap between tiles

@@ -24,7 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 import related  # noqa: F401, its skips and networks join SKIPS and MODELS
 from data import normalize, set_of
 from models import build_model
-from plots import GREEN, PALETTE, outline
+from plots import outline, palette_for
 from raw import SUFFIXES, TILE, find_files, index_by_stem, read_image, scaled_size
 from utils import (autocast, first_line, is_out_of_memory, load_checkpoint, number, pick_device,
                    print_progress, run_cli, write_atomic)
@@ -32,7 +32,6 @@ from utils import (autocast, first_line, is_out_of_memory, load_checkpoint, numb
 # Pillow's modes that `read_rgb` can convert.
 MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "LAB", "HSV", "F",
          "I", "I;16", "I;16L", "I;16B")
-TWO_COLOURS = np.array([(0, 0, 0), GREEN], np.uint8)  # of one class
 MARK = PngInfo()  # a text in the pictures that are written here, by which they are recognised
 MARK.add_text("Software", "predict.py")
 
@@ -48,7 +47,7 @@ def find_images(images, out):
     paths = index_by_stem(files + [path for path in find_files(folders, SUFFIXES)
                                    if not path.name.endswith(("_mask.png", "_overlay.png"))])
     if not paths:
-        raise ValueError(f"{folders[0]}: holds no image ({', '.join(sorted(SUFFIXES))}): name "
+        raise ValueError(f"{folders[0]}: holds no image ({', '.join(SUFFIXES)}): name "
                          "images, or a folder of some")
     if out.resolve() in {path.parent.resolve() for path in paths.values()}:
         raise ValueError(f"--out {out}: holds the images, and perhaps masks of theirs that must "
@@ -167,10 +166,6 @@ def predict_labels(bands, size, num_classes, name, file):
         row += len(band)
         print_progress(f"{name}: {100 * row // height} %")
     return Image.fromarray(labels)
-
-
-def palette_for(num_classes):
-    return TWO_COLOURS if num_classes == 1 else PALETTE
 
 
 def write_mask(path, labels, size, num_classes):

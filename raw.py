@@ -61,7 +61,7 @@ COLUMNS = ("image", "row", "column", "official", "top", "left")  # of tiles.csv
 # Reading raw files
 
 FORMATS = ("TIFF", "PNG", "JPEG", "BMP", "WEBP")  # the only ones that Pillow may try
-SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 # The paper's 44 MoNuSeg images are 30 for training and these 14 of the challenge's test set.
 MONUSEG_TEST = """TCGA-2Z-A9J9-01A-01-TS1 TCGA-44-2665-01B-06-BS6 TCGA-69-7764-01A-01-TS1
@@ -415,11 +415,11 @@ def find_bcss(folders, suffix):
     return items
 
 
-def find_own(folders, names=None, scale=1.0):
+def find_own(folders, classes=None, scale=1.0):
     """List a user's set -> items as above, and what is known about it.
 
     A folder with images/* and masks/* of the same names, or with these in train, val and test.
-    `names` of the classes may be given; else two values in all masks, 0 and any other, are one
+    `classes`, their names, may be given; else two values in all masks, 0 and any other, are one
     class, and labels 0 to K - 1 are K. Raises ValueError naming the file that does not fit.
     """
     if len(folders) > 1:
@@ -441,7 +441,7 @@ def find_own(folders, names=None, scale=1.0):
                                         "train/masks and so on")
         found = find_files([folder / "images"], SUFFIXES)
         if not found:
-            raise ValueError(f"{folder / 'images'}: holds no image ({', '.join(sorted(SUFFIXES))}):"
+            raise ValueError(f"{folder / 'images'}: holds no image ({', '.join(SUFFIXES)}):"
                              " put some there")
         images += found
         for image, mask in match_masks(index_by_stem(found),
@@ -456,7 +456,7 @@ def find_own(folders, names=None, scale=1.0):
                                         for row, top in enumerate(tile_starts(height))
                                         for column, left in enumerate(tile_starts(width))]))
     index_by_stem(images)  # no two of one name, in whatever parts
-    return items, {"classes": own_classes([mask for _, mask, _ in items], names), "scale": scale,
+    return items, {"classes": own_classes([mask for _, mask, _ in items], classes), "scale": scale,
                    "split": "official" if parts else "image"}
 
 

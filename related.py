@@ -292,9 +292,8 @@ class DoubleUNet(nn.Module):
                    if name.startswith(prefix)}
         try:
             self.encoder.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(f"{path}: not a VGG-19 ({first_line(error)}): torchvision's is at "
-                             f"{url}") from None
+        except RuntimeError:
+            raise ValueError(f"{path}: not a VGG-19: torchvision's is at {url}") from None
         return f"encoder weights from {path or url}"
 
 

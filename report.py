@@ -500,7 +500,7 @@ def fill_page(path, tables, results):
     if path.exists():
         words = path.read_text(encoding="utf-8")
     else:
-        words = "# Runs\n" + "".join(f"\n## {name[0].upper()}{name[1:]}\n\n<!-- {name} -->\n"
+        words = "# Runs\n" + "".join(f"\n## {name.capitalize()}\n\n<!-- {name} -->\n"
                                      "<!-- end -->\n" for name in tables)
     # A table's name; everything up to the next comment; and that comment, if it is an end.
     page, filled = re.subn(r"<!-- (?!end -->)(.+?) -->\n(?:(?!<!-- ).)*(<!-- end -->)?", table,

@@ -122,7 +122,7 @@ LABELS = [
     ("fat_cell_nucleus", 2, "fat", "spindle", 1),
 ]
 NAMES, PARENT, _, KIND, _ = zip(*LABELS)
-NUCLEUS = tuple(kind is not None for kind in KIND)
+NUCLEUS = np.array([kind is not None for kind in KIND], np.uint8)
 
 # A nucleus: smallest and largest radius (pixels), width over length, bumpiness, how granular its
 # chromatin is, and its layers from the rim inwards, each a part of the radius and a density.
@@ -254,7 +254,7 @@ def tissue_tile(rng, grain=40.0):
     region = np.argmax([noise(rng, grain) + row[0] for row in REGIONS.values()], axis=0)
     hematoxylin, eosin, direction = draw_ground(rng, region, grain)
     labels, nuclei = draw_nuclei(rng, region, direction)
-    hematoxylin = np.where(np.array(NUCLEUS)[labels], nuclei + 0.4 * hematoxylin, hematoxylin)
+    hematoxylin = np.where(NUCLEUS[labels], nuclei + 0.4 * hematoxylin, hematoxylin)
 
     density = np.zeros((TILE, TILE, 3))
     for amount, colour in (hematoxylin, HEMATOXYLIN), (eosin, EOSIN):
@@ -266,7 +266,7 @@ def tissue_tile(rng, grain=40.0):
 def merge(labels, num_classes):
     """Labels (...) uint8 of all 22 classes -> of the first `num_classes`, or nuclei for 1."""
     if num_classes == 1:
-        return np.array(NUCLEUS, np.uint8)[labels]
+        return NUCLEUS[labels]
     table = np.arange(len(NAMES), dtype=np.uint8)
     for label in range(num_classes, len(NAMES)):  # a class comes after its parent
         table[label] = table[PARENT[label]]

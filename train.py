@@ -13,7 +13,6 @@ import argparse
 import json
 import time
 from copy import deepcopy
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -325,7 +324,7 @@ def load_data(args, device, world_size):
     # A set that fits goes to the GPU once, any other is read from the memory map as needed.
     size = tiles.images.nbytes + tiles.masks.nbytes
     if device.type == "cuda" and size < torch.cuda.mem_get_info()[0] / 4:
-        tiles = replace(tiles, images=tiles.images.to(device), masks=tiles.masks.to(device))
+        tiles.images, tiles.masks = tiles.images.to(device), tiles.masks.to(device)
     return tiles, parts, whole_images(args.data, tiles, parts["train"]) if args.windows else None
 
 
@@ -338,19 +337,17 @@ def build_training(args, num_classes, device):
     torch.manual_seed(args.seed)
     model = create_model(args.model, args.skip, num_classes, args.width, args.checkpointing,
                          args.skip_depth)
-    model.to(memory_format=memory_format_for(device, args.bf16))
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-    model.to(device)
+    model.to(device, memory_format=memory_format_for(device, args.bf16))
     # Without weight decay, the default, AdamW is Adam. Fused, it is the same arithmetic in fewer
     # passes. Biases and norms, vectors, never decay; Swin's position bias tables do.
     weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     optimizer = torch.optim.AdamW([{"params": weights, "weight_decay": args.weight_decay},
                                    {"params": vectors, "weight_decay": 0.0}], args.lr, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and
-                                  autocast(device).fast_dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=autocast(device).fast_dtype == torch.float16)
     return model, deepcopy(model) if args.ema else model, optimizer, scaler
 
 
