@@ -72,11 +72,10 @@ def prepare(name, source, root):
     return data.load(name, root)
 
 
-@pytest.mark.parametrize("name", SIZE)
-def test_a_run_is_scored_again_from_its_checkpoint(name, tmp_path):
-    prepare(name, write_set(tmp_path / "raw", name, regions=4), tmp_path)
+def test_a_run_is_scored_again_from_its_checkpoint(tmp_path):
+    prepare("bcss512", write_set(tmp_path / "raw", "bcss512", regions=4), tmp_path)
     train.main(train.parse_args([
-        "--data", name, "--width", "2", "--epochs", "1", "--batch-size", "4", "--data-root",
+        "--data", "bcss512", "--width", "2", "--epochs", "1", "--batch-size", "4", "--data-root",
         str(tmp_path), "--out", str(tmp_path / "run")]))
     again, = evaluation.main(evaluation.parse_args([str(tmp_path / "run/best.pt")]))
     scores = json.loads((tmp_path / "run/scores.json").read_text())

@@ -301,6 +301,14 @@ def test_official_sites_validates_on_sites_that_it_does_not_train_on():
     assert sum(map(len, parts.values())) == len(rows)
 
 
+def test_official_sites_draws_from_what_validates_officially_too():
+    rows = [(f"TCGA-{site}-{i}", 0, 0, {"A": "test", "B": "val", "C": "val"}.get(site, "train"))
+            for site in "ABCDEFGHIJ" for i in range(3)]
+    parts = data.split_tiles("mine", rows, "official-sites")
+    assert [len(indices) for indices in parts.values()] == [21, 6, 3]
+    assert sorted(torch.cat([*parts.values()]).tolist()) == list(range(30))  # none is lost
+
+
 def test_a_tile_that_changed_its_part_makes_another_split():
     """As after an image was moved from train to test: a network may have seen it."""
     rows = [(f"image-{i}", 0, 0, part) for i, part in enumerate(("train", "train", "val", "test"))]
@@ -649,6 +657,14 @@ def test_each_augmentation_has_its_chance_by_itself():
     assert ((unturned.diagonal(0, 1, 2) < 0).float().mean(0) - 0.5).abs().max() < 0.05
 
 
+def test_rows_and_columns_are_distorted_independently():
+    drawn = draws(4000)
+    pairs = (drawn["columns"][:, 1:-1], drawn["rows"][:, 1:-1]), drawn["elastic"].unbind(1)
+    for one, other in pairs:
+        one, other = (x.flatten(1)[:, 1] for x in (one, other))
+        assert torch.stack((one - one.mean(), other - other.mean())).corrcoef()[0, 1].abs() < 0.06
+
+
 def test_each_augmentation_has_its_strength():
     drawn = draws(4000)
     matrix = drawn["matrix"]
@@ -797,19 +813,3 @@ def test_preview_is_a_sheet_of_8_by_4_tiles(tmp_path, monkeypatch, capsys):
         assert (lines[0, place][border] == plots.GREEN).all()
         assert (lines[0, place][~border] == images[index][~border]).all()
     assert not any((lines[0] == line).all() for line in lines[1:])  # augmented
-
-
-def test_rows_and_columns_are_distorted_independently():
-    drawn = draws(4000)
-    pairs = (drawn["columns"][:, 1:-1], drawn["rows"][:, 1:-1]), drawn["elastic"].unbind(1)
-    for one, other in pairs:
-        one, other = (x.flatten(1)[:, 1] for x in (one, other))
-        assert torch.stack((one - one.mean(), other - other.mean())).corrcoef()[0, 1].abs() < 0.06
-
-
-def test_official_sites_draws_from_what_validates_officially_too():
-    rows = [(f"TCGA-{site}-{i}", 0, 0, {"A": "test", "B": "val", "C": "val"}.get(site, "train"))
-            for site in "ABCDEFGHIJ" for i in range(3)]
-    parts = data.split_tiles("mine", rows, "official-sites")
-    assert [len(indices) for indices in parts.values()] == [21, 6, 3]
-    assert sorted(torch.cat([*parts.values()]).tolist()) == list(range(30))  # none is lost

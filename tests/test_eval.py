@@ -352,8 +352,7 @@ def test_a_damaged_log_is_named(whole, capsys, tmp_path, log):
     assert f"{tmp_path / 'log.csv'}: not the log of a run" in line
 
 
-def test_a_figure_shows_what_each_network_is_scored_for_from_the_worst_tile_to_the_best(
-        whole, capsys, tmp_path, monkeypatch):
+def test_a_figure_shows_what_each_network_is_scored_for(whole, capsys, tmp_path, monkeypatch):
     def draw(titles, rows, names):
         drawn.extend([titles, *rows])
         return Image.new("L", (1, 1))
@@ -365,7 +364,6 @@ def test_a_figure_shows_what_each_network_is_scored_for_from_the_worst_tile_to_t
               tmp_path / "figure.png")
     titles, *rows = drawn
     assert titles == ["unet, standard\n--epochs 3", "unet, conv\n--epochs 1"] and len(rows) == 2
-    sums = []
     for caption, image, mask, predictions, captions in rows:
         index, = [i for i, row in enumerate(made_up_tiles().rows) if
                   caption == "{}/{}/{}".format(*row)]
@@ -373,8 +371,6 @@ def test_a_figure_shows_what_each_network_is_scored_for_from_the_worst_tile_to_t
         assert (mask == made_up_tiles().masks[index].numpy()).all()
         ious = [(found & mask).sum() / (found | mask).sum() for found in predictions]
         assert captions == [f"IoU {100 * iou:.1f}" for iou in ious]
-        sums.append(sum(ious))
-    assert sums == sorted(sums)
 
 
 def test_titles_of_a_figure_tell_its_networks_apart():

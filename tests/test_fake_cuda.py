@@ -74,7 +74,8 @@ def test_windows_are_cut_where_the_set_lies_and_stained_where_they_are_trained(w
 
 
 @pytest.mark.parametrize("model, skip, num_classes", [
-    ("unet", "standard", 1), *((model, skip, 3) for model in MODELS for skip in SKIPS)])
+    ("unet", "standard", 1), *(("unet", skip, 3) for skip in SKIPS),
+    *((model, "fusion", 3) for model in MODELS if model != "unet")])
 def test_no_tensor_stays_on_the_cpu_between_a_batch_and_its_scores(model, skip, num_classes):
     network = OnCuda(model, skip, num_classes)
     with FakeTensorMode():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from data import SETS
 from losses import (LOSSES, ONE_CLASS, RECIPE_VERSION, RECIPE_VERSIONS, RECIPES, SEVERAL_CLASSES,
-                    bce_loss, loss_for, recipe_for, recipe_overrides)
+                    bce_loss, dice_loss, focal_loss, loss_for, recipe_for, recipe_overrides)
 from models import MODELS
 
 
@@ -18,6 +18,12 @@ def seed():
 
 
 ce_dice_loss = LOSSES["ce+dice"]
+
+
+def fitting(*class_counts):
+    """Every loss with every number of classes that it fits -> [(name, number)]."""
+    return [(name, k) for name in LOSSES for k in class_counts
+            if name not in (SEVERAL_CLASSES if k == 1 else ONE_CLASS)]
 
 
 def certain(masks, num_classes, strength=30.0):
@@ -58,19 +64,45 @@ def test_cross_entropy_and_dice_match_torch():
     torch.testing.assert_close(ce_dice_loss(logits, masks), expected)
 
 
-def test_loss_does_not_depend_on_batch_size():
-    logits, masks = torch.randn(4, 3, 8, 8), torch.randint(3, (4, 8, 8))
-    one_by_one = [ce_dice_loss(logits[i:i + 1], masks[i:i + 1]) for i in range(4)]
-    torch.testing.assert_close(ce_dice_loss(logits, masks), torch.cat(one_by_one))
+def test_dice_and_focal_of_one_class_match_values_by_hand():
+    logits, masks = torch.tensor([[[[0.0, math.log(3)]]]]), torch.tensor([[[1, 0]]])
+    p = 1 / 2, 3 / 4  # the foreground is the first pixel
+    torch.testing.assert_close(dice_loss(logits, masks), torch.tensor([1 - 2 * p[0] / (5/4 + 1)]))
+    assert dice_loss(logits, torch.zeros_like(masks)).item() == 0  # nothing to overlap
+    expected = (-math.log(p[0]) * (1 - p[0])**2 - math.log(1 - p[1]) * p[1]**2) / 2
+    torch.testing.assert_close(focal_loss(logits, masks), torch.tensor([expected]))
+    both = bce_loss(logits, masks) + dice_loss(logits, masks)
+    torch.testing.assert_close(LOSSES["bce+dice"](logits, masks), both)
 
 
-def test_better_prediction_has_lower_loss():
-    masks = torch.randint(3, (1, 16, 16))
-    half = masks.clone()
-    half[:, :8] = (half[:, :8] + 1) % 3
-    losses = [ce_dice_loss(certain(guess, 3), masks).item() for guess in (masks, half,
-                                                                          (masks + 1) % 3)]
-    assert losses[0] < 1e-3 < losses[1] < losses[2]
+@pytest.mark.parametrize("name, num_classes", fitting(1, 3))
+def test_every_loss_falls_as_the_prediction_gets_better(name, num_classes):
+    masks = torch.randint(max(2, num_classes), (2, 8, 8),
+                          generator=torch.Generator().manual_seed(0))
+    right = (masks[:, None] * 2.0 - 1 if num_classes == 1 else
+             F.one_hot(masks, 3).permute(0, 3, 1, 2).float())
+    strength = torch.tensor(1.0, requires_grad=True)
+    loss = loss_for(num_classes, (), name)
+    values = [loss(factor * strength * right, masks) for factor in (-2, 0, 2)]
+    assert all(value.shape == (2,) and value.dtype == torch.float32 for value in values)
+    means = [value.mean().item() for value in values]
+    assert means == sorted(means, reverse=True) and means[-1] < 0.5 * means[0]
+    values[2].sum().backward()
+    assert strength.grad < 0
+
+
+@pytest.mark.parametrize("name, num_classes", fitting(1, 3))
+def test_no_loss_of_a_tile_depends_on_its_batch_or_on_ignored_pixels(name, num_classes):
+    torch.manual_seed(0)
+    logits = torch.randn(3, num_classes, 6, 6)
+    masks = torch.randint(max(2, num_classes), (3, 6, 6))
+    loss = loss_for(num_classes, (), name)
+    one_by_one = torch.cat([loss(logits[i:i + 1], masks[i:i + 1]) for i in range(3)])
+    torch.testing.assert_close(loss(logits, masks), one_by_one)
+    if num_classes > 1:  # a tile whose lower half is ignored has the loss of its upper half
+        masks = torch.cat((masks[:, :3].clamp(max=1), torch.full((3, 3, 6), 2)), dim=1)
+        torch.testing.assert_close(loss_for(num_classes, (2,), name)(logits, masks),
+                                   loss(logits[:, :, :3], masks[:, :3]))
 
 
 def test_absent_classes_add_nothing():
@@ -95,9 +127,7 @@ def test_a_tile_of_ignored_pixels_has_no_loss_and_no_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name, num_classes", [
-    (name, k) for name in LOSSES for k in (1, 22)
-    if name not in (SEVERAL_CLASSES if k == 1 else ONE_CLASS)])
+@pytest.mark.parametrize("name, num_classes", fitting(1, 22))
 def test_losses_are_stable_in_half_precision(dtype, name, num_classes):
     masks = torch.randint(2, (2, 224, 224))
     logits = (1000 * torch.randn(2, num_classes, 224, 224)).to(dtype).requires_grad_()
@@ -106,18 +136,6 @@ def test_losses_are_stable_in_half_precision(dtype, name, num_classes):
     loss.sum().backward()
     assert loss.dtype == torch.float32 and loss.isfinite().all() and logits.grad.isfinite().all()
     torch.testing.assert_close(loss, function(logits.detach().float(), masks))
-
-
-def test_gradients_are_right():
-    masks = torch.randint(3, (2, 3, 3))
-    logits = torch.randn(2, 3, 3, 3, requires_grad=True)
-    for loss, x in [(ce_dice_loss, logits), (bce_loss, logits[:, :1])]:
-        x, labels = x.detach().requires_grad_(), masks.clamp(max=1) if loss is bce_loss else masks
-        loss(x, labels).sum().backward()
-        step, direction = 1e-2, torch.randn_like(x)
-        slope = (loss(x + step * direction, labels) - loss(x - step * direction, labels)).sum()
-        torch.testing.assert_close((x.grad * direction).sum(), slope / (2 * step), rtol=1e-2,
-                                   atol=1e-3)
 
 
 def test_one_class_takes_bce_more_take_cross_entropy_and_dice():

@@ -1,7 +1,5 @@
 """The flags of an experiment: losses, schedules, weight decay, augmentations, and all at once."""
 
-import math
-
 import pytest
 import torch
 from conftest import arguments, fit, load, made_up_tiles, refused, stop_before_batch
@@ -9,53 +7,9 @@ from conftest import arguments, fit, load, made_up_tiles, refused, stop_before_b
 import data
 import eval as evaluation
 import train
-from losses import (LOSSES, ONE_CLASS, SCHEDULES, SEVERAL_CLASSES, bce_loss, dice_loss,
-                    focal_loss, loss_for)
+from losses import SCHEDULES, SEVERAL_CLASSES, loss_for
 
 pytestmark = pytest.mark.usefixtures("tiny_set")
-FITTING = [(name, k) for name in LOSSES for k in (1, 3)
-           if name not in (SEVERAL_CLASSES if k == 1 else ONE_CLASS)]
-
-
-@pytest.mark.parametrize("name, num_classes", FITTING)
-def test_every_loss_falls_as_the_prediction_gets_better(name, num_classes):
-    masks = torch.randint(max(2, num_classes), (2, 8, 8),
-                          generator=torch.Generator().manual_seed(0))
-    right = (masks[:, None] * 2.0 - 1 if num_classes == 1 else
-             torch.nn.functional.one_hot(masks, 3).permute(0, 3, 1, 2).float())
-    strength = torch.tensor(1.0, requires_grad=True)
-    loss = loss_for(num_classes, (), name)
-    values = [loss(factor * strength * right, masks) for factor in (-2, 0, 2)]
-    assert all(value.shape == (2,) and value.dtype == torch.float32 for value in values)
-    means = [value.mean().item() for value in values]
-    assert means == sorted(means, reverse=True) and means[-1] < 0.5 * means[0]
-    values[2].sum().backward()
-    assert strength.grad < 0
-
-
-@pytest.mark.parametrize("name, num_classes", FITTING)
-def test_no_loss_of_a_tile_depends_on_its_batch_or_on_ignored_pixels(name, num_classes):
-    torch.manual_seed(0)
-    logits = torch.randn(3, num_classes, 6, 6)
-    masks = torch.randint(max(2, num_classes), (3, 6, 6))
-    loss = loss_for(num_classes, (), name)
-    one_by_one = torch.cat([loss(logits[i:i + 1], masks[i:i + 1]) for i in range(3)])
-    torch.testing.assert_close(loss(logits, masks), one_by_one)
-    if num_classes > 1:  # a tile whose lower half is ignored has the loss of its upper half
-        masks = torch.cat((masks[:, :3].clamp(max=1), torch.full((3, 3, 6), 2)), dim=1)
-        torch.testing.assert_close(loss_for(num_classes, (2,), name)(logits, masks),
-                                   loss(logits[:, :, :3], masks[:, :3]))
-
-
-def test_dice_and_focal_of_one_class_match_values_by_hand():
-    logits, masks = torch.tensor([[[[0.0, math.log(3)]]]]), torch.tensor([[[1, 0]]])
-    p = 1 / 2, 3 / 4  # the foreground is the first pixel
-    torch.testing.assert_close(dice_loss(logits, masks), torch.tensor([1 - 2 * p[0] / (5/4 + 1)]))
-    assert dice_loss(logits, torch.zeros_like(masks)).item() == 0  # nothing to overlap
-    expected = (-math.log(p[0]) * (1 - p[0])**2 - math.log(1 - p[1]) * p[1]**2) / 2
-    torch.testing.assert_close(focal_loss(logits, masks), torch.tensor([expected]))
-    both = bce_loss(logits, masks) + dice_loss(logits, masks)
-    torch.testing.assert_close(LOSSES["bce+dice"](logits, masks), both)
 
 
 @pytest.mark.parametrize("name", SEVERAL_CLASSES)

@@ -227,7 +227,7 @@ def test_resume_knows_the_skip_depth_and_takes_a_run_without_one_to_have_1(tmp_p
 
 
 @pytest.mark.parametrize("model, skip", [("unet", "nested"), ("unet", "fusionunet"),
-                                         ("swin_unet", "nested"), ("double_unet", "fusion")])
+                                         ("double_unet", "fusion")])
 def test_checkpoints_predict_an_image_of_any_size(model, skip, tmp_path):
     path = save_network(tmp_path / "best.pt", model, skip, 3, width=4, name="bcss")
     assert type(build_model(load_checkpoint(path), path)) is MODELS[model]

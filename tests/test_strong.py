@@ -209,15 +209,22 @@ def test_the_strong_recipe_takes_its_values_where_no_flag_says_otherwise(strong)
     assert (args.epochs, args.batch_size, args.width) == (200, 8, 64)
 
 
-def test_the_average_follows_the_weights_more_slowly_and_is_what_gets_scored(strong, root):
+def test_weights_and_batch_norms_statistics_are_averaged_and_its_count_is_copied():
     model, average = torch.nn.BatchNorm2d(1), torch.nn.BatchNorm2d(1)
-    expected = 1.0
+    expected = [1.0, 0.0, 1.0]
     for step, value in enumerate((3.0, 5.0, -2.0)):
         model.weight.data[:] = value
+        model(torch.tensor([3.0, value]).view(2, 1, 1, 1))
         train.update_average(average, model, step, decay=0.15)
         decay = min(0.15, (step + 1) / (step + 10))
-        expected = decay * expected + (1 - decay) * value
-    assert average.weight.item() == pytest.approx(expected)
+        expected = [decay * old + (1 - decay) * new.item() for old, new in zip(
+            expected, (model.weight, model.running_mean, model.running_var))]
+    assert [average.weight.item(), average.running_mean.item(),
+            average.running_var.item()] == pytest.approx(expected)
+    assert average.num_batches_tracked == 3
+
+
+def test_the_average_is_what_gets_scored(strong):
     last = load(strong[0] / "last.pt")
     assert not torch.equal(last["model"]["head.weight"], last["trained"]["head.weight"])
     result, = evaluation.main(evaluation.parse_args([f"{strong[0]}/best.pt", "--device", "cpu"]))
@@ -342,18 +349,6 @@ def test_the_average_is_what_is_validated(strong, root):
         "mine", tiles.rows, "image")["val"], loss_for(1), torch.device("cpu"), 4)
     assert evaluation.compute_metrics(confusions)["global"]["iou"] == pytest.approx(
         best["log"][-1]["val_iou_global"])
-
-
-def test_batch_norms_statistics_are_averaged_and_its_count_is_copied():
-    model, average, expected = torch.nn.BatchNorm2d(1), torch.nn.BatchNorm2d(1), (0.0, 1.0)
-    for step in range(3):
-        model(torch.tensor([3.0, 5.0 + step]).view(2, 1, 1, 1))
-        train.update_average(average, model, step, decay=0.15)
-        decay = min(0.15, (step + 1) / (step + 10))
-        expected = [decay * old + (1 - decay) * new.item() for old, new in
-                    zip(expected, (model.running_mean, model.running_var))]
-    assert [average.running_mean.item(), average.running_var.item()] == pytest.approx(expected)
-    assert average.num_batches_tracked == 3
 
 
 def test_the_average_is_taken_after_the_step(root, tmp_path):

@@ -368,17 +368,6 @@ def test_training_tiles_alone_are_augmented_each_time_anew(tmp_path, seen):
                    for one, other in itertools.combinations(seen, 2))
 
 
-def test_a_resumed_run_sees_the_batches_that_it_would_have_seen(tmp_path, monkeypatch, seen):
-    fit(tmp_path / "run", "--epochs", "2")
-    first = list(seen)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_before_batch(patch, 9)
-        fit(tmp_path / "again", "--epochs", "2", *OFTEN)
-    seen.clear()
-    fit(tmp_path / "again", "--epochs", "2", "--resume")
-    assert same(seen, first[8:])
-
-
 @pytest.mark.parametrize("flags, batches, found", [
     ((), [7], 5), (OFTEN, [8], 7), (OFTEN, [2, 3, 3, 5], 9)],
     ids=["from an epoch's end", "within an epoch", "four times"])
@@ -521,10 +510,9 @@ def start_pair(start):
     return run
 
 
-@pytest.mark.parametrize("batch_size", ["4", "5"])  # 5: three tiles on one, two on the other
-def test_two_processes_are_one_with_the_same_batch(start_pair, tmp_path, monkeypatch, batch_size):
+def test_two_processes_are_one_with_the_same_batch(start_pair, tmp_path, monkeypatch):
     """Tiles are normalised one by one: on CPUs BatchNorm's statistics are of a process's share."""
-    flags = "--batch-size", batch_size, "--lr", "0.01"
+    flags = "--batch-size", "5", "--lr", "0.01"  # three tiles on one, two on the other
     pair = start_pair(tmp_path / "pair", *flags, before=per_tile_norm)
     monkeypatch.setattr(nn, "BatchNorm2d", lambda channels: nn.GroupNorm(1, channels))
     alone = fit(tmp_path / "alone", *flags)
@@ -560,11 +548,16 @@ def test_all_processes_validate_the_network_of_rank_0(start_pair, tmp_path):
 def test_a_refusal_is_told_by_one_of_the_processes(start_pair, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/last.pt").write_bytes(b"no checkpoint")
-    for flags, said in (("--resume",), "last.pt"), (("--batch-size", "1"), "--batch-size 1"):
-        pair = start_pair("run", *flags)
-        assert [process.exitcode for process in pair] == [2, 2]
-        line, = pair[0].said(".err").splitlines()
-        assert said in line and not pair[1].said(".err")
+    pair = start_pair("run", "--resume")
+    assert [process.exitcode for process in pair] == [2, 2]
+    line, = pair[0].said(".err").splitlines()
+    assert "last.pt" in line and not pair[1].said(".err")
+
+
+def test_a_batch_has_a_tile_for_every_process(tmp_path):
+    args = train.parse_args(arguments(tmp_path / "run", "--batch-size", "1"))
+    with pytest.raises(ValueError, match="--batch-size 1: .* no fewer than there are processes, 2"):
+        train.load_data(args, torch.device("cpu"), world_size=2)
 
 
 def other_tiles_on_rank_1():
