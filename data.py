@@ -25,6 +25,7 @@ from raw import ARRAYS, READERS, SETS, TILE, prepare
 from synthetic import EOSIN, HEMATOXYLIN, NAMES, draw_tiles
 from utils import first_mismatch, number, picture, run_cli, to_device, write_atomic
 
+# Of ImageNet, on which Swin-UNet's encoder was trained. (The paper does not say.)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INFO = {"classes": [str], "scale": float, "split": str, "recipe": str}  # what SETS tells of a set
 SET_NAME = re.compile(r"\w[\w-]*")  # of a data set: letters, digits, _ and -
@@ -162,10 +163,10 @@ def split_by_hash(rows, pool, fraction, unit):
 def split_tiles(data, rows, split):
     """Split a set -> {"train": indices, "val": indices, "test": indices}, tensors (paper 2.3).
 
-    tile: the paper's. 70/20/10 % of all tiles at random, so that tiles of one image fall on both
-        sides. BCSS keeps its training tiles; its test tiles have no masks, so 4,021 of its
-        validation tiles are the test set. BCSS512 keeps its validation tiles; 600 of its training
-        tiles are the test set.
+    tile: as many as in the paper, which does not say what it drew. 70/20/10 % of all tiles at
+        random, so that tiles of one image fall on both sides. BCSS keeps its training tiles; its
+        test tiles have no masks, so 4,021 of its validation tiles are the test set, and the others
+        validate. BCSS512 keeps its validation tiles; 600 of its training tiles are the test set.
     image: the same shares of whole images (in BCSS and BCSS512, of regions of interest).
     official: the parts that the set came in. If none of them is for validation, as in MoNuSeg, a
         fifth of the training images is.
@@ -193,7 +194,7 @@ def split_tiles(data, rows, split):
         if split == "tile":
             train, rest = official["train"], official["val"]
         else:
-            train, rest = split_by_hash(rows, everything, 30760 / 36189, "image")  # paper 2.3
+            train, rest = split_by_hash(rows, everything, 30760 / 36189, "image")  # as "tile"
         test, val = split_by_hash(rows, rest, 4021 / 5429, split)
     else:
         train, rest = split_by_hash(rows, everything, 0.7, split)

@@ -9,7 +9,7 @@
     python eval.py runs/*/best.pt --curves curves.png             # training, as the paper's Fig. 2
 
 Everything comes from one confusion matrix per tile. Its two averages differ by points, so both are
-always shown: "per tile" is what the paper's Table 2 holds, "global" is the field's standard.
+always shown: "per tile" is what the paper's Table 2 seems to hold, "global" the field's standard.
 """
 
 import argparse
@@ -66,9 +66,9 @@ def compute_metrics(confusions, ignore=()):
     then takes the mean over the classes that the tile's mask holds, then over tiles: all tiles
     weigh the same, however little of a class they show. "global" first sums all tiles' pixels and
     takes the mean over the classes that occur in masks or predictions: all pixels of a class weigh
-    the same, those of overlapping tiles once for each. K = 2 scores label 1 alone. Pixels whose
-    true label is in `ignore` are not counted, and those labels not scored. Values are 0..1, None
-    where there is nothing to divide by.
+    the same, those of overlapping tiles once for each. K = 2 scores label 1 alone, as the paper's
+    pairs of IoU and F1 for MoNuSeg suggest. Pixels whose true label is in `ignore` are not counted,
+    and those labels not scored. Values are 0..1, None where there is nothing to divide by.
     """
     counts = confusions.cpu().double()  # MPS has no float64
     k = counts.shape[1]

@@ -1,4 +1,4 @@
-"""Losses, learning rate schedules and recipes: the paper's (2.2, 3.2), and others.
+"""Losses, learning rate schedules and recipes: the paper's (2.2; 3.2, Training), and others.
 
 Each loss gives one value per tile, (N,), of which train.py takes the mean: every tile counts alike,
 and no value depends on how tiles were batched. All are computed in float32, whatever the logits
@@ -52,7 +52,7 @@ def dice_loss(logits, masks, ignore=()):
 
     logits (N, C, H, W) float, masks (N, H, W) integer -> (N,) float32, the mean over the classes
     that the tile's mask holds; the others have no overlap to measure. Pixels with a label in
-    `ignore` do not count. The paper gives no formula: the averages are ours, as in its metric.
+    `ignore` do not count. The paper gives no formula: the averages are ours, as in our metric.
     """
     num_classes = logits.shape[1]
     # exp(log_softmax) is softmax, which rounds differently: earlier runs' last digits would change.
@@ -126,7 +126,7 @@ SCHEDULES = {"constant": constant, "cosine": cosine}
 # -----------------------------------------------------------------------------
 # Recipes
 
-# The paper's (3.2). It writes the rates "10e-3" and "10e-5" and means 1e-3 and 1e-5. The synthetic
+# The paper's (3.2). We read its rates, "10e-3" and "10e-5", as 1e-3 and 1e-5. The synthetic
 # set's recipe is ours, sized for a laptop. An entry named after a network overrides the others. A
 # set of your own takes MoNuSeg's if it has one class, else BCSS's.
 RECIPES = {

@@ -151,9 +151,10 @@ class UNet(nn.Module):
     images (N, 3, H, W) float -> logits (N, num_classes, H, W), H and W multiples of 16.
 
     Unlike the original, convolutions are padded, so that the output has the input's size, and each
-    is followed by BatchNorm: that is what the paper's parameter count (Table 1) amounts to.
-    `width` is the channel count of the first level, 64 in the paper; `checkpointing` recomputes
-    feature maps in the backward pass instead of keeping them. Raises ValueError for other sizes.
+    is followed by BatchNorm, with which it has the paper's parameter count (Table 1). The skips
+    take all maps but the bottleneck's. `width` is the channel count of the first level, 64 in the
+    paper; `checkpointing` recomputes feature maps in the backward pass instead of keeping them.
+    Raises ValueError for other sizes.
     """
 
     pretrained = False
@@ -201,9 +202,10 @@ class SwinUNet(nn.Module):
     images (N, 3, 224, 224) float -> logits (N, num_classes, 224, 224).
 
     The encoder is timm's Swin-T without its classifier. Unlike the original's, the decoder is
-    convolutional: that is what the paper's parameter count (Table 1) amounts to. The skips leave
-    the encoder right after each patch merging. `width` and `checkpointing` mean nothing here, as
-    Swin-T's widths are fixed. Raises ValueError for any other image size.
+    convolutional, and the skips leave the encoder right after each patch merging: with conv skips,
+    that gives the paper's parameter count (Table 1), of which it says no more. `width` and
+    `checkpointing` mean nothing here, as Swin-T's widths are fixed. Raises ValueError for any other
+    image size.
     """
 
     pretrained = True  # its encoder starts from ImageNet's weights
@@ -327,7 +329,7 @@ def statistics_off(block):
 
 
 # -----------------------------------------------------------------------------
-# Pretrained weights of Swin-UNet's encoder (paper 2.2: "provided by the original authors")
+# Pretrained weights of Swin-UNet's encoder (paper 2.2), those of its authors
 
 HUB = "timm/swin_tiny_patch4_window7_224.ms_in1k"  # Microsoft's weights under timm's names
 MICROSOFT = ("https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"

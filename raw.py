@@ -63,7 +63,8 @@ COLUMNS = ("image", "row", "column", "official", "top", "left")  # of tiles.csv
 FORMATS = ("TIFF", "PNG", "JPEG", "BMP", "WEBP")  # the only ones that Pillow may try
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
-# The paper's 44 MoNuSeg images are 30 for training and these 14 of the challenge's test set.
+# MoNuSeg's challenge had 30 images for training and these 14 for testing: the 44 of which the paper
+# must have cut its 704 tiles.
 MONUSEG_TEST = """TCGA-2Z-A9J9-01A-01-TS1 TCGA-44-2665-01B-06-BS6 TCGA-69-7764-01A-01-TS1
     TCGA-A6-6782-01A-01-BS1 TCGA-AC-A2FO-01A-01-TS1 TCGA-AO-A0J2-01A-01-BSA TCGA-CU-A0YN-01A-02-BSB
     TCGA-EJ-A46H-01A-03-TSC TCGA-FG-A4MU-01B-01-TS1 TCGA-GL-6846-01A-01-BS1 TCGA-HC-7209-01A-01-TS1
@@ -145,9 +146,9 @@ def read_polygons(path, size, raster="paper"):
     """Rasterise MoNuSeg's XML: the union of all its filled polygons -> mask image, 0 or 1.
 
     `size` is (width, height) in pixels. Vertices just outside are clipped, as nuclei at the border
-    have them. Pillow fills the pixels of the outline, too, as the paper's code does; the raster
-    "exact" is that of `fill_by_centres`. Raises ValueError if the file is broken or none of a
-    polygon lies in the image.
+    have them. The raster "paper" is Pillow's, which fills the pixels of the outline, too, as is
+    usual; "exact" is that of `fill_by_centres`. Raises ValueError if the file is broken or none of
+    a polygon lies in the image.
     """
     check_is_file(path)
     text = path.read_bytes()

@@ -44,7 +44,7 @@ PAPER = {  # Table 2: mIoU and F1 in percent
     ("monuseg", "swin_unet", "fusion"): (63.42, 76.96),
 }
 
-PAPER_HOURS = {  # 3.2, to train one network on an RTX 3070
+PAPER_HOURS = {  # 3.2, to train one network on an NVIDIA 3070
     ("monuseg", "unet"): 2, ("monuseg", "swin_unet"): 1, ("bcss", "unet"): 50,
     ("bcss", "swin_unet"): 10, ("bcss512", "unet"): 10, ("bcss512", "swin_unet"): 2}
 
@@ -234,58 +234,48 @@ def mean_and_error(values):
     return f"{100 * statistics.mean(values):+.2f}{error} (n = {len(values)})"
 
 
-def tiles_by_image(result):
-    """{test image: IoUs of its tiles}; tiles without a class have none."""
-    tiles = {}
-    for image, iou in zip(result["images"], result["tiles"]):
-        if iou is not None:
-            tiles.setdefault(image, []).append(iou)
-    return tiles
+def error_over_images(images, values):
+    """Cluster-robust standard error of the mean of `values`, one a tile, clusters being images.
 
-
-def scores_by_image(result):
-    """{test image: mean IoU of its tiles, 0..1}"""
-    return {image: statistics.mean(ious) for image, ious in tiles_by_image(result).items()}
-
-
-def error_over_images(result):
-    """Cluster-robust standard error of a run's IoU per tile, clusters being images -> 0..1.
-
-    Tiles of one image are alike, so what varies independently is the sum of an image's deviations.
-    None if there is only one image.
+    `images` names each tile's image. Tiles of one image are alike, so what varies independently is
+    the sum of an image's deviations. None and nan, of tiles without any class, do not count. None
+    if there is only one image.
     """
-    mean, images = result["per_tile"]["iou"], tiles_by_image(result).values()
-    if len(images) < 2:
+    values = np.array(values, float)
+    known = ~np.isnan(values)
+    names, image = np.unique(np.array(images)[known], return_inverse=True)
+    n = len(names)
+    if n < 2:
         return None
-    squares = sum(sum(iou - mean for iou in ious)**2 for ious in images)
-    return math.sqrt(squares * len(images) / (len(images) - 1)) / sum(map(len, images))
+    sums = np.bincount(image, values[known] - values[known].mean())
+    return math.sqrt((sums**2).sum() * n / (n - 1)) / known.sum()
 
 
 def skip_differences(results):
-    """Per-tile test IoU of every skip minus that of the first, seed by seed, image by image.
+    """Per-tile test IoU of every skip minus that of each skip before it, seed by seed.
 
-    Over seeds: whether a new run would show it again. Over test images, each the mean of its tiles
-    and of all seeds: whether new images would. A table for every number of seeds.
+    Over seeds: whether a new run would show it again. Over test images, with each tile the mean of
+    all seeds: whether new images would. A table for every number of seeds.
     """
-    tables, (first, *others) = {}, SKIPS
+    tables = {}
     groups = group_by(results, lambda result: (result["args"]["data"], result["args"]["split"],
                                                label(result)))
     for (data, split, name), group in groups.items():
         by_seed = {(result["args"]["skip"], result["args"]["seed"]): result for result in group
                    if result["per_tile"]["iou"] is not None}
-        for skip in others:
+        for first, skip in itertools.combinations(SKIPS, 2):
             seeds = sorted(seed for other, seed in by_seed
                            if other == skip and (first, seed) in by_seed)
             pairs = [(by_seed[skip, seed], by_seed[first, seed]) for seed in seeds]
             if not pairs:
                 continue
             over_seeds = [one["per_tile"]["iou"] - two["per_tile"]["iou"] for one, two in pairs]
-            scores = [(scores_by_image(one), scores_by_image(two)) for one, two in pairs]
-            if any(run.keys() != scores[0][0].keys() for pair in scores for run in pair):
+            images = pairs[0][0]["images"]
+            if any(run["images"] != images for pair in pairs for run in pair):
                 raise ValueError(f"runs of {data}, {split}, {name}, {skip} and {first} have "
                                  "different test images: leave out those of other prepared data")
-            over_images = [statistics.mean(one[image] - two[image] for one, two in scores)
-                           for image in scores[0][0]]
+            tiles = np.array([[run["tiles"] for run in pair] for pair in pairs], float)
+            per_tile = (tiles[:, 0] - tiles[:, 1]).mean(axis=0)  # the mean of all seeds
             deviations, interval, needed = "-", "-", "-"
             if len(pairs) > 1:
                 deviations = " / ".join(
@@ -298,9 +288,9 @@ def skip_differences(results):
             paper = f"{papers[0][0] - papers[1][0]:+.2f}" if all(papers) else "-"
             tables.setdefault(len(pairs), []).append([
                 f"{data}, {split}", name, f"{skip} - {first}", mean_and_error(over_seeds),
-                interval, mean_and_error(over_images), deviations, needed, paper])
+                interval, percent(error_over_images(images, per_tile)), deviations, needed, paper])
     titles = ["Data, split", "Model", "Skips", "Difference over seeds", "at 95 %",
-              "over test images", "Deviation between seeds", "Seeds to see 1 point",
+              "Error over test images", "Deviation between seeds", "Seeds to see 1 point",
               "The paper's difference"]
     return "\n\n".join(f"**{n} seed{'s' if n > 1 else ''}**\n\n{markdown(titles, rows)}"
                        for n, rows in sorted(tables.items(), reverse=True))
@@ -345,12 +335,15 @@ def one_flag_more(results):
     """What one flag more changes in the IoU per tile, of validation and of test, seed by seed.
 
     Each group of runs has a row with its scores. Below it stands a row for each single flag with
-    which these runs were repeated: the differences that it makes, all else being the same.
+    which these runs were repeated: the differences that it makes, all else being the same. The best
+    epoch's IoU is a maximum, which chance raises for curves that jump about; the last epochs' mean
+    is not.
     """
     def changed(result):
         return frozenset(recipe_overrides(result["args"]).items())
 
-    rows, ious = [], (best_validation_iou, lambda result: result["per_tile"]["iou"])
+    rows, ious = [], (best_validation_iou, late_validation_iou,
+                      lambda result: result["per_tile"]["iou"])
     groups = group_by((result for result in results if result["per_tile"]["iou"] is not None),
                       lambda result: (result["args"]["data"], result["args"]["split"],
                                       result["args"]["skip"],
@@ -371,13 +364,18 @@ def one_flag_more(results):
             if changes:
                 rows += [[f"{data}, {split}", label(without[0]), skip,
                           *(mean_and_deviation(map(iou, without)) for iou in ious)], *changes]
-    return markdown(["Data, split", "Model; one flag more", "Skip", "Validation IoU", "Test IoU"],
-                    rows)
+    return markdown(["Data, split", "Model; one flag more", "Skip", "Validation IoU, best epoch",
+                     "its last five epochs", "Test IoU"], rows)
 
 
 def best_validation_iou(result):
     """Per tile, of the epoch that is tested, 0..1."""
     return max(row["val_iou_per_tile"] for row in result["log"])
+
+
+def late_validation_iou(result):
+    """Per tile, the mean of the last five epochs, 0..1."""
+    return statistics.mean(row["val_iou_per_tile"] for row in result["log"][-5:])
 
 
 def time_to_paper(results):
@@ -461,7 +459,7 @@ def commands(results):
         machines.setdefault(f"{result['device']}, torch {result['torch']}", []).append(
             [f"`{command}`",
              ", ".join(map(percent, result["per_tile"].values())),
-             percent(error_over_images(result)),
+             percent(error_over_images(result["images"], result["tiles"])),
              ", ".join(map(percent, result["global"].values())), result["epoch"],
              f"{result['seconds'][-1] / 60:.1f} min", result["recipe_version"]])
     titles = ["Command", "IoU, F1 per tile", "Error over images", "global", "Best epoch",

@@ -1,4 +1,4 @@
-"""Train the paper's networks (paper 3.2): U-Net or Swin-UNet with one of three skip connections.
+"""Train the paper's networks (3.2, Training), U-Net or Swin-UNet with one of three kinds of skip.
 
     python train.py                                               # synthetic data, minutes, CPU
     python train.py --model unet --skip conv --data monuseg       # the paper's run
@@ -81,10 +81,10 @@ def parse_args(argv=None):
                         help="passes over the training tiles")
     parser.add_argument("--batch-size", type=number(int), help="tiles per step")
     parser.add_argument("--lr", type=number(float), help="Adam's learning rate")
-    parser.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate: constant as "
-                        "in the paper, or cosine with warm-up")
+    parser.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate: constant, "
+                        "or cosine with warm-up")
     parser.add_argument("--weight-decay", type=number(float, minimum=0), help="AdamW's; "
-                        "biases and norms never decay (paper: 0; strong: 0.05)")
+                        "biases and norms never decay (strong: 0.05; 0: none)")
     parser.add_argument("--ema", type=number(float, minimum=0, maximum=0.9999), metavar="DECAY",
                         help="score an exponential moving average of the weights (strong: 0.999; "
                         "0: the weights themselves)")
