@@ -33,13 +33,16 @@ from report import (fill_page, markdown, mean_and_error, read_scores, skip_diffe
 from synthetic import NAMES, merge, tissue_tile
 from utils import number, print_progress, run_cli, write_atomic
 
-# The experiment. A set is its number of classes and its grain, the size of its regions in pixels.
+# The experiment. A set is its number of classes, its grain (the size of its regions in pixels) and,
+# where it is trained on for longer than RECIPE says, the number of passes.
 CLASSES = [(1, 40), (3, 40), (6, 40), (12, 40), (22, 40)]
 GRAINS = [(6, 20), (6, 40), (6, 80), (6, 160)]
+LONGER = [(3, 40, 3), (6, 40, 3), (12, 40, 3), (22, 40, 3)]
 SEEDS = range(5)
 PAPER_SKIPS, OTHER_SKIPS = ("standard", "conv", "fusion"), ("nested", "fusionunet")
 # In the order of their training.
-BLOCKS = [(CLASSES, PAPER_SKIPS), (GRAINS, PAPER_SKIPS), (CLASSES, OTHER_SKIPS)]
+BLOCKS = [(CLASSES, PAPER_SKIPS), (GRAINS, PAPER_SKIPS), (CLASSES, OTHER_SKIPS),
+          (LONGER, ("standard", "fusion"))]
 TILES = {"train": 480, "val": 40, "test": 240}
 RECIPE = "--width 16 --epochs 2 --batch-size 2 --lr 4e-3 --schedule cosine".split()
 
@@ -61,7 +64,8 @@ def all_cells():
 
 
 def cell_name(data_set, skip, seed):
-    return f"{set_name(*data_set)}-{skip}-seed{seed}"
+    longer = "".join(f"-{passes}epochs" for passes in data_set[2:])
+    return f"{set_name(*data_set[:2])}-{skip}{longer}-seed{seed}"
 
 
 # -----------------------------------------------------------------------------
@@ -94,14 +98,15 @@ def draw_set(k, grain):
 
 def train_cell(cell):
     """Train a cell, or go on with it, and copy its scores -> None, or how it failed."""
-    (k, grain), skip, seed = cell
+    (k, grain, *passes), skip, seed = cell
+    longer = ["--epochs", str(*passes)] if passes else []
     name = cell_name(*cell)
     scores, log = RUNS / name / "scores.json", RUNS / f"{name}.log"
     if not scores.exists():
         command = [sys.executable, Path(__file__).with_name("train.py"), "--model", "unet",
                    "--skip", skip, "--data", set_name(k, grain), "--split", "official", "--seed",
-                   str(seed), *RECIPE, "--device", "cpu", "--resume", "--data-root", DATA, "--out",
-                   scores.parent]
+                   str(seed), *RECIPE, *longer, "--device", "cpu", "--resume", "--data-root", DATA,
+                   "--out", scores.parent]
         with open(log, "w") as output:
             status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT,
                                     env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
@@ -157,7 +162,7 @@ def fusion_pays(results):
     """The primary comparison; no p value before the last seed, which could tempt to stop early."""
     compared = [[*differences(results, data_set, "fusion").values()] for data_set in CLASSES]
     columns = [["-"] * len(CLASSES)] * 3
-    if all(len(values) == len(SEEDS) for values in compared):
+    if are_complete(compared):
         p_values = [p_value(values) for values in compared]
         corrected = holm(p_values)
         pays = ["yes" if p < LEVEL and statistics.mean(values) >= MIN_GAIN else "no"
@@ -166,6 +171,31 @@ def fusion_pays(results):
     return markdown(["Classes", "fusion - standard", "p", "p after Holm", "Fusion pays"], [
         [k, mean_and_error(values), *row]
         for (k, _), values, *row in zip(CLASSES, compared, *columns)])
+
+
+def are_complete(compared):
+    return all(len(values) == len(SEEDS) for values in compared)
+
+
+def third_pass(results):
+    """Does fusion's lead on standard last? After two passes, after three, and two against three."""
+    compared = []  # of each set, of each seed
+    for longer in LONGER:
+        runs = [(which, skip) for which in (longer[:2], longer) for skip in ("fusion", "standard")]
+        scores = [[results[(*run, seed)][AVERAGE]["iou"] for run in runs] for seed in SEEDS
+                  if all((*run, seed) in results for run in runs)]
+        compared.append([(fusion2 - standard2, fusion3 - standard3,
+                          fusion3 - standard3 - fusion2 + standard2, fusion2 - standard3)
+                         for fusion2, standard2, fusion3, standard3 in scores])
+    titles, columns = ["Classes"], [[k for k, *_ in LONGER]]
+    for i, title in enumerate(("Lead after two passes", "after three", "change",
+                               "fusion's two - standard's three")):
+        values = [[row[i] for row in rows] for rows in compared]
+        titles += [title, "p after Holm"]
+        columns += [[mean_and_error(one) for one in values], ["-"] * len(LONGER)]
+        if are_complete(values):
+            columns[-1] = [f"{p:.4f}" for p in holm([p_value(one) for one in values])]
+    return markdown(titles, [*zip(*columns)])
 
 
 def trend(results):
@@ -196,6 +226,7 @@ def draw_picture(results):
 TABLES = {
     "fusion pays": fusion_pays,
     "trend": trend,
+    "third pass": third_pass,
     "picture": lambda results: "![difference to the standard skip](differences.png)",
     "all differences": lambda results: skip_differences(results.values()),
     "scores": lambda results: table_2(results.values()),
@@ -233,7 +264,7 @@ def main(args):
     if not args.report:
         for folder in RUNS, RESULTS:
             folder.mkdir(parents=True, exist_ok=True)
-        for data_set in dict.fromkeys(data_set for data_set, _, _ in all_cells()):
+        for data_set in dict.fromkeys(data_set[:2] for data_set, _, _ in all_cells()):
             draw_set(*data_set)
         failed = train_cells(all_cells(), args.jobs)
     make_page()

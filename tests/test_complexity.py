@@ -19,7 +19,8 @@ from synthetic import merge
 
 SMALL = {"CLASSES": [(1, 40), (3, 40)], "GRAINS": [(3, 40), (3, 80)], "SEEDS": range(2),
          "PAPER_SKIPS": ("standard", "fusion"), "OTHER_SKIPS": (),
-         "BLOCKS": [([(1, 40), (3, 40)], ("standard", "fusion"))],
+         "LONGER": [(3, 40, 2)], "BLOCKS": [([(1, 40), (3, 40)], ("standard", "fusion")),
+                                            ([(3, 40, 2)], ("standard", "fusion"))],
          "TILES": {"train": 2, "val": 1, "test": 2},
          "RECIPE": "--width 2 --epochs 1 --batch-size 2".split()}
 
@@ -114,22 +115,27 @@ def test_the_grain_changes_the_tiles_and_a_set_that_is_there_is_not_drawn_again(
 
 def test_the_plan_is_seed_by_seed_within_each_block():
     cells = complexity.all_cells()
-    assert len(cells) == len(set(cells)) == 5 * 5 * 3 + 3 * 5 * 3 + 5 * 5 * 2
-    blocks = cells[:75], cells[75:120], cells[120:]
+    assert len(cells) == len(set(cells)) == 5 * 5 * 3 + 3 * 5 * 3 + 5 * 5 * 2 + 4 * 5 * 2
+    blocks = cells[:75], cells[75:120], cells[120:170], cells[170:]
     for block in blocks:
         seeds = [seed for _, _, seed in block]
         assert seeds == sorted(seeds) and {seeds.count(seed) for seed in range(5)} == {
             len(block) // 5}
     assert {skip for _, skip, _ in blocks[2]} == {"nested", "fusionunet"}
     assert {which for which, _, _ in blocks[1]} == {(6, 20), (6, 80), (6, 160)}
+    assert {which for which, _, _ in blocks[3]} == {(k, 40, 3) for k in (3, 6, 12, 22)}
 
 
 def test_every_cell_is_trained_once_and_alike(finished):
-    cells = [(k, skip, seed) for seed in (0, 1) for k in (1, 3) for skip in ("standard", "fusion")]
+    cells = [(k, skip, seed, "", "") for seed in (0, 1) for k in (1, 3)
+             for skip in ("standard", "fusion")]
+    cells += [(3, skip, seed, " --epochs 2", "-2epochs") for seed in (0, 1)
+              for skip in ("standard", "fusion")]
     assert finished.calls == [
         f"--model unet --skip {skip} --data tissue-k{k:02}-grain040 --split official --seed {seed} "
-        "--width 2 --epochs 1 --batch-size 2 --device cpu --resume --data-root data --out "
-        f"runs/complexity/tissue-k{k:02}-grain040-{skip}-seed{seed}" for k, skip, seed in cells]
+        f"--width 2 --epochs 1 --batch-size 2{longer} --device cpu --resume --data-root data --out "
+        f"runs/complexity/tissue-k{k:02}-grain040-{skip}{name}-seed{seed}"
+        for k, skip, seed, longer, name in cells]
     assert len(list((finished.folder / "results/complexity").glob("*.json"))) == len(cells)
 
 
@@ -179,6 +185,22 @@ def test_the_page_compares_seed_by_seed(finished):
     assert all(f"<!-- {name} -->\n" in page for name in complexity.TABLES)
 
 
+def test_whether_the_lead_lasts_is_told_seed_by_seed(monkeypatch):
+    monkeypatch.setattr(complexity, "LONGER", [(3, 40, 3)])
+    scores = {(3, 40): [(0.5, 0.6)] * 5, (3, 40, 3): [(0.7, 0.75), (0.7, 0.85)] * 2 + [(0.7, 0.8)]}
+    results = {(which, skip, seed): {"per_tile": {"iou": iou}} for which, pairs in scores.items()
+               for seed, pair in enumerate(pairs)
+               for skip, iou in zip(("standard", "fusion"), pair)}
+    results[(3, 40), "fusion", 4]["per_tile"]["iou"] = 0.65  # of which standard has 0.5
+    (k, two, _, three, _, change, _, unequal, _), = cells(complexity.third_pass(results))
+    assert (k, two, three) == ("3", "+11.00 ± 1.00 (n = 5)", "+10.00 ± 2.24 (n = 5)")
+    assert change == "-1.00 ± 2.45 (n = 5)" and unequal == "-9.00 ± 1.00 (n = 5)"
+    del results[(3, 40), "fusion", 4]
+    assert cells(complexity.third_pass(results)) == [[
+        "3", "+10.00 ± 0.00 (n = 4)", "+10.00 ± 2.89 (n = 4)", "+0.00 ± 2.89 (n = 4)",
+        "-10.00 ± 0.00 (n = 4)"]]
+
+
 def test_report_trains_nothing_and_keeps_the_words_of_the_page(copied):
     page = Path("results/complexity/README.md")
     page.write_text("Words.\n\n<!-- trend -->\n<!-- end -->\n")
@@ -194,7 +216,8 @@ def test_the_committed_page_is_what_its_cells_give():
              for cell in complexity.all_cells()}
     results = {cell: read_scores(path) for cell, path in paths.items() if path.exists()}
     for flag, text in zip(complexity.RECIPE[::2], complexity.RECIPE[1::2]):
-        values = {result["args"][flag[2:].replace("-", "_")] for result in results.values()}
+        values = {result["args"][flag[2:].replace("-", "_")]
+                  for (data_set, _, _), result in results.items() if len(data_set) == 2}
         assert [type(value)(text) for value in values] == [*values]  # the page's runs are of it
     assert fill_page(page, complexity.TABLES, results) == page.read_text("utf-8")
 
