@@ -37,7 +37,7 @@ from utils import number, print_progress, run_cli, write_atomic
 # where it is trained on for longer than RECIPE says, the number of passes.
 CLASSES = [(1, 40), (3, 40), (6, 40), (12, 40), (22, 40)]
 GRAINS = [(6, 20), (6, 40), (6, 80), (6, 160)]
-LONGER = [(3, 40, 3), (6, 40, 3), (12, 40, 3), (22, 40, 3)]
+LONGER = [(3, 40, 3), (6, 40, 3), (12, 40, 3), (22, 40, 3)]  # thought of after the first results
 SEEDS = range(5)
 PAPER_SKIPS, OTHER_SKIPS = ("standard", "conv", "fusion"), ("nested", "fusionunet")
 # In the order of their training.
@@ -158,8 +158,13 @@ def differences(results, data_set, skip):
 # The page. `results` are {cell: content of its scores.json}.
 
 
+def are_complete(compared):
+    """Whether each comparison has all seeds: a p value before that could tempt to stop early."""
+    return all(len(values) == len(SEEDS) for values in compared)
+
+
 def fusion_pays(results):
-    """The primary comparison; no p value before the last seed, which could tempt to stop early."""
+    """The primary comparison: fusion minus standard with each number of classes."""
     compared = [[*differences(results, data_set, "fusion").values()] for data_set in CLASSES]
     columns = [["-"] * len(CLASSES)] * 3
     if are_complete(compared):
@@ -171,10 +176,6 @@ def fusion_pays(results):
     return markdown(["Classes", "fusion - standard", "p", "p after Holm", "Fusion pays"], [
         [k, mean_and_error(values), *row]
         for (k, _), values, *row in zip(CLASSES, compared, *columns)])
-
-
-def are_complete(compared):
-    return all(len(values) == len(SEEDS) for values in compared)
 
 
 def third_pass(results):

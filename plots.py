@@ -29,7 +29,7 @@ LINE_COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (23
 
 
 def palette_for(num_classes):
-    """A colour for each label; of one class, for background and foreground."""
+    """A colour for each label, (n, 3) uint8; of one class, for background and foreground."""
     return np.array([(0, 0, 0), GREEN], np.uint8) if num_classes == 1 else PALETTE
 
 

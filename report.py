@@ -237,9 +237,9 @@ def mean_and_error(values):
 def error_over_images(images, values):
     """Cluster-robust standard error of the mean of `values`, one a tile, clusters being images.
 
-    `images` names each tile's image. Tiles of one image are alike, so what varies independently is
-    the sum of an image's deviations. None and nan, of tiles without any class, do not count. None
-    if there is only one image.
+    It is in the unit of the values; `images` names each tile's image. Tiles of one image are alike,
+    so what varies independently is the sum of an image's deviations. None and nan, of tiles without
+    any class, do not count. Returns None if there is only one image.
     """
     values = np.array(values, float)
     known = ~np.isnan(values)
