@@ -301,12 +301,11 @@ def build_model(checkpoint, path):
 # Checkpointing: less memory, more time
 
 
+@torch.compiler.disable  # which takes no context_fn, and would break at a SyncBatchNorm in any case
 def checkpointed(block, x):
     """block(x), which recomputes its feature maps in the backward pass instead of keeping them."""
-    # A compiled block counts a batch once in any case, and torch.compile takes no context_fn.
-    contexts = {} if torch.compiler.is_compiling() else {
-        "context_fn": lambda: (nullcontext(), statistics_off(block))}
-    return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, **contexts)
+    return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False,
+                      context_fn=lambda: (nullcontext(), statistics_off(block)))
 
 
 @contextmanager

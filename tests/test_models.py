@@ -374,10 +374,19 @@ def test_statistics_count_again_after_a_recomputation_that_fails():
     assert block[1].num_batches_tracked == 1 and block[4].running_mean.any()
 
 
+class Break(nn.Module):
+    """Breaks torch.compile's graph, as SyncBatchNorm does, and changes nothing."""
+
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return x
+
+
 def test_a_compiled_checkpointed_step_is_a_plain_one():
     plain = create_model("unet", "conv", 1, width=2)
     saving = create_model("unet", "conv", 1, width=2, checkpointing=True)
     saving.load_state_dict(plain.state_dict())
+    saving.encoder[0].append(Break())
     images = torch.randn(2, 3, 32, 32)
     for network in plain, torch.compile(saving, backend="aot_eager"):
         network(images).square().mean().backward()
