@@ -34,8 +34,8 @@ from utils import (ARGS, CHECKPOINT, autocast, device_name, leave_processes, loa
                    save_checkpoint, setup_processes, write_atomic)
 
 
-# The flags that checkpoints and scores.json record: all that a run's digits depend on, except the
-# origin of pretrained weights, which has an entry of its own there, "weights".
+# The flags that checkpoints and scores.json record: all on which a run's digits depend by more than
+# rounding, except the origin of pretrained weights, which has an entry of its own, "weights".
 RECORDED = (*ARGS, "recipe", *COMMON)
 
 # Seconds: an epoch that ends so soon after a save is not saved, unless it is the best or the last.
@@ -46,10 +46,13 @@ def parse_args(argv=None):
     papers = "; ".join("{}: --epochs {epochs} --batch-size {batch_size} --lr {lr:g} --width {width}"
                        .format(name, **recipe) for name, recipe in RECIPES.items()
                        if not name.endswith(" strong"))
+    swin = ", ".join(f"{recipe['swin_unet']['lr']:g} on {name}" for name, recipe in RECIPES.items()
+                     if "swin_unet" in recipe and not name.endswith(" strong"))
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog=f"Where no default is named, it is that of RECIPES in losses.py. {papers}. A set of "
-               "your own takes monuseg's if it has one class, else that of bcss.")
+        epilog="Where no default is named, it is the recipe's, in losses.py. The paper's recipes: "
+               f"{papers}; swin_unet: --lr {swin}. A set of your own takes monuseg's if it has one "
+               "class, else that of bcss.")
     # What to train
     parser.add_argument("--model", choices=MODELS, default="unet", help="network (default: unet)")
     parser.add_argument("--skip", choices=SKIPS, default="standard",
@@ -72,7 +75,8 @@ def parse_args(argv=None):
                              "trains on the validation images (default: tile; own sets: official "
                              "if they came in parts, else image)")
     parser.add_argument("--seed", type=number(int, minimum=0, maximum=2**63 - 1), default=0,
-                        help="of everything random except the split (default: 0)")
+                        help="of everything random except the split and the synthetic tiles "
+                        "(default: 0)")
     # The recipe
     parser.add_argument("--recipe", choices=("paper", "strong"), default="paper",
                         help="what the flags below default to: the paper's values, or those that "
@@ -89,7 +93,8 @@ def parse_args(argv=None):
                         help="score an exponential moving average of the weights (strong: 0.999; "
                         "0: the weights themselves)")
     parser.add_argument("--loss", choices=LOSSES, help="bce and bce+dice are for one class, ce and "
-                        "ce+dice for several (paper: bce, and ce+dice; strong: bce+dice)")
+                        "ce+dice for several (paper: bce, or ce+dice; strong: bce+dice, or "
+                        "ce+dice)")
     parser.add_argument("--augment", nargs="+", choices=("all", "none", *WARPS, *COLOURS),
                         help="augmentations of training tiles (default: all)")
     parser.add_argument("--windows", type=number(float, minimum=0, maximum=1), metavar="SCALE",
@@ -121,7 +126,7 @@ def parse_args(argv=None):
     parser.add_argument("--out", type=Path, help="run folder (default: runs/DATA-MODEL-SKIP, what "
                         "differs from the recipe, and the seed)")
     parser.add_argument("--resume", action="store_true",
-                        help="continue from the run folder's last.pt, or start if there is none")
+                        help="continue from the run folder's last.pt, or start if it holds no run")
     parser.add_argument("--save-every", type=number(float), default=5, metavar="MINUTES",
                         help="how often to save within an epoch (default: 5)")
     parser.add_argument("--data-root", default="data", help="folder of the prepared data "
@@ -161,7 +166,10 @@ def complete(args, parser):
 
 
 def default_folder(args, split):
-    """runs/DATA-MODEL-SKIP-seedK, and before the seed whatever is not the recipe's."""
+    """runs/DATA-MODEL-SKIP-seedK, and before the seed whatever is not the recipe's.
+
+    A file of --weights is not named, as it is mostly the default's by another way.
+    """
     changed = [] if args.split == split else [args.split]
     changed += ["strong"] if args.recipe.endswith(" strong") else []
     for name, value in recipe_overrides(vars(args)).items():
@@ -293,9 +301,33 @@ def print_start(args, model, weights, parts, device):
 def load_data(args, device, world_size):
     """The tiles, the split that the flags ask for and, for windows, the whole training images.
 
-    Raises ValueError for flags that do not fit the data, and where nodes have different tiles.
+    Raises what `read_data` does, in all processes, and ValueError if nodes have different tiles.
     """
-    # Do the flags fit the data?
+    try:
+        tiles, parts, wholes = read_data(args, world_size)
+        found = [fingerprint(tiles.rows, parts)]
+    except (ValueError, OSError) as error:  # not raised at once: another node would wait for ever
+        found = [error]
+    if world_size > 1:
+        mine, found = found[0], [None] * world_size
+        dist.all_gather_object(found, mine)
+    failed = next((one for one in found if isinstance(one, Exception)), None)
+    if not failed and len(set(found)) > 1:
+        failed = ValueError(f"{Path(args.data_root, args.data)}: nodes have different tiles: "
+                            "prepare the same images on all of them")
+    if failed:
+        leave_processes()
+        raise failed
+
+    # A set that fits goes to the GPU once, any other is read from the memory map as needed.
+    size = tiles.images.nbytes + tiles.masks.nbytes
+    if device.type == "cuda" and size < torch.cuda.mem_get_info()[0] / 4:
+        tiles.images, tiles.masks = tiles.images.to(device), tiles.masks.to(device)
+    return tiles, parts, wholes
+
+
+def read_data(args, world_size):
+    """What `load_data` returns, memory-mapped; ValueError for flags that do not fit the data."""
     tiles = load(args.data, args.data_root, args.classes or 1)
     parts = split_tiles(args.data, tiles.rows, args.split)
     if not world_size <= args.batch_size <= len(parts["train"]):
@@ -311,20 +343,6 @@ def load_data(args, device, world_size):
                          f"{num_classes - 1}")
     if not scored_labels(max(2, num_classes), args.ignore_index):
         raise ValueError(f"{ignored}: leaves no label to score: name fewer")
-
-    # Do all nodes hold the same tiles?
-    if world_size > 1:
-        found = [None] * world_size
-        dist.all_gather_object(found, fingerprint(tiles.rows, parts))
-        if len(set(found)) > 1:
-            leave_processes()
-            raise ValueError(f"{Path(args.data_root, args.data)}: nodes have different tiles: "
-                             "prepare the same images on all of them")
-
-    # A set that fits goes to the GPU once, any other is read from the memory map as needed.
-    size = tiles.images.nbytes + tiles.masks.nbytes
-    if device.type == "cuda" and size < torch.cuda.mem_get_info()[0] / 4:
-        tiles.images, tiles.masks = tiles.images.to(device), tiles.masks.to(device)
     return tiles, parts, whole_images(args.data, tiles, parts["train"]) if args.windows else None
 
 
@@ -332,8 +350,10 @@ def build_training(args, num_classes, device):
     """Build what is trained -> network, scored network, optimizer, scaler.
 
     The scored network is the moving average of the weights with --ema, else the network itself. The
-    gradient scaler is enabled for float16 alone.
+    gradient scaler is enabled for float16 alone. Raises ValueError for --bf16 on MPS.
     """
+    if args.bf16 and device.type == "mps":
+        raise ValueError("--bf16: MPS trains in float32: leave it out, or add --device cpu")
     torch.manual_seed(args.seed)
     model = create_model(args.model, args.skip, num_classes, args.width, args.checkpointing,
                          args.skip_depth)
@@ -373,7 +393,11 @@ def memory_format_for(device, bf16):
 
 
 def open_folder(args):
-    """Create and lock the run's folder; ValueError if it holds a run that is not to be resumed."""
+    """Create and lock the run's folder.
+
+    Raises ValueError if it holds a run that is not to be resumed, or that has no last.pt, or if
+    another process writes there.
+    """
     existing = [name for name in ("last.pt", "best.pt", "log.csv") if (args.out / name).exists()]
     if existing and not args.resume:
         raise ValueError(f"{args.out} holds a run already: continue it with --resume, or name "
@@ -388,8 +412,8 @@ def start_or_resume(args, run, model, scored, optimizer, scaler):
     """Load last.pt into model, `scored` (the same, or its average), optimizer and scaler.
 
     Without a last.pt a new run starts: a pretrained network then loads its encoder's weights.
-    Returns the entries of `run` that this changes -> dict. Raises ValueError if last.pt belongs to
-    another run.
+    Returns the entries of `run` that this changes -> dict. Raises ValueError if last.pt cannot be
+    resumed as this run, FileNotFoundError if there are no pretrained weights to start from.
     """
     checkpoint = on_rank_0(read_last, args.out / "last.pt", run, optimizer)
     if checkpoint:
@@ -426,7 +450,8 @@ def start_or_resume(args, run, model, scored, optimizer, scaler):
 def read_last(path, run, optimizer):
     """Read last.pt and check that it belongs to this run -> checkpoint, None if there is none.
 
-    Raises ValueError if it is of another recipe, other data or another network.
+    Raises ValueError if it is damaged, of another version or another run, or has trained for longer
+    than --epochs.
     """
     if not path.exists():
         return None
@@ -481,7 +506,10 @@ def wrap(model, compiled, device, world_size):
 
 
 def validate(args, epoch, model, tiles, indices, loss_fn, device, rank, world_size):
-    """Score the validation tiles -> a row of the log; ValueError for a loss that is not finite."""
+    """Score the validation tiles -> their entries in a row of the log, {name: value}.
+
+    Raises ValueError for a loss that is not finite.
+    """
     if world_size > 1:  # on CPUs each process has its own BatchNorm statistics
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)

@@ -4,6 +4,7 @@ Nothing here knows a data set or the inside of a network.
 """
 
 import errno
+import glob
 import io
 import math
 import os
@@ -12,6 +13,7 @@ import sys
 import time
 from argparse import ArgumentTypeError
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -204,9 +206,19 @@ def picture(text):
     return output(text)
 
 
+def fill_in(words):
+    """Replace patterns such as runs/*/best.pt by the files that they fit: Windows' shells do not.
+
+    words: list of text -> list of text. What fits no file stays as it is.
+    """
+    return [name for word in words for name in sorted(glob.glob(word)) or [word]]
+
+
 def run_cli(main, parse_args, after_interrupt="nothing unfinished was kept"):
     """Run a script. Bad input and lack of memory end it with one line and exit status 2."""
     name, is_first = Path(sys.argv[0]).name, int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if os.name == "nt":
+        sys.argv[1:] = fill_in(sys.argv[1:])
     if hasattr(sys.stdout, "reconfigure"):  # not if it is closed, or a notebook's
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that names have
     try:
@@ -311,7 +323,8 @@ def setup_processes(device):
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=2))  # while rank 0 downloads, others wait
     if rank > 0:
         sys.stdout = open(os.devnull, "w", errors="replace")  # as in run_cli
     return rank, world_size
@@ -330,7 +343,10 @@ def leave_processes():
 
 
 def on_rank_0(function, *args):
-    """Call the function on rank 0 alone; every process returns its result, or raises its error."""
+    """Call the function on rank 0 alone; every process returns its result.
+
+    If it raises a ValueError or OSError, every process raises it.
+    """
     if not dist.is_initialized():
         return function(*args)
     answer = [None]

@@ -25,6 +25,13 @@ from utils import run_cli  # noqa: E402
 FLAGS = "--data monuseg --width 2 --batch-size 2 --epochs 3 --device cpu".split()
 
 
+@pytest.fixture
+def posix():
+    """For tests of links, pipes, signals, locks or forked processes, and of Bash scripts."""
+    if os.name == "nt":
+        pytest.skip("Windows has no such links, pipes, signals, locks or processes")
+
+
 def made_up_tiles(*_):
     """Stands in for data.load: 16 grey tiles of 32 pixels, two an image, each with a dark block."""
     rng = np.random.default_rng(0)

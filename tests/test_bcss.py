@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -101,7 +100,7 @@ def test_archive_becomes_tiles_with_their_labels(name, tmp_path):
     assert np.array_equal(images[1], expected)
 
 
-def test_both_sets_prepare_from_one_folder_and_over_links(tmp_path):
+def test_both_sets_prepare_from_one_folder_and_over_links(posix, tmp_path):
     write_set(tmp_path / "raw" / "BCSS", "bcss")
     write_set(tmp_path / "far" / "BCSS_512", "bcss512", regions=2)
     (tmp_path / "raw" / "BCSS_512").symlink_to(tmp_path / "far")
@@ -240,7 +239,7 @@ def many(tmp_path_factory):
 
 
 @pytest.fixture
-def raw(many, tmp_path):
+def raw(posix, many, tmp_path):
     """A raw folder of 301 tiles, more than are read at a time; below `fresh` they are prepared."""
     (tmp_path / "fresh").symlink_to(many / "fresh")
     return shutil.copytree(many / "raw", tmp_path / "raw")
@@ -315,7 +314,7 @@ def test_memory_does_not_grow_with_the_number_of_tiles(tmp_path):
     assert peak < 350 * 224 * 224 * 4  # never half of the 701 tiles at a time
 
 
-def test_a_second_preparation_at_the_same_time_is_refused(tmp_path, monkeypatch, script):
+def test_a_second_preparation_at_the_same_time_is_refused(posix, tmp_path, monkeypatch, script):
     def read_meanwhile(image, mask):
         if image.parent.name == "val":
             second.append(script("data.py", "prepare", "bcss", "--from", "raw", "--data-root", "."))
@@ -327,7 +326,9 @@ def test_a_second_preparation_at_the_same_time_is_refused(tmp_path, monkeypatch,
     assert "bcss.partial: another process is writing there" in second[0].stderr
 
 
-def test_full_disk_is_one_line_and_can_be_continued(tmp_path):
+def test_full_disk_is_one_line_and_can_be_continued(posix, tmp_path):
+    import resource
+
     def small_files():  # what a full disk looks like to the program
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     write_set(tmp_path / "raw", "bcss")

@@ -1,6 +1,7 @@
 """complexity.py: the sets, a small experiment from end to end, the statistics, page and picture."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,7 +132,7 @@ def test_every_cell_is_trained_once_and_alike(finished):
              for skip in ("standard", "fusion")]
     cells += [(3, skip, seed, " --epochs 2", "-2epochs") for seed in (0, 1)
               for skip in ("standard", "fusion")]
-    assert finished.calls == [
+    assert [call.replace(os.sep, "/") for call in finished.calls] == [
         f"--model unet --skip {skip} --data tissue-k{k:02}-grain040 --split official --seed {seed} "
         f"--width 2 --epochs 1 --batch-size 2{longer} --device cpu --resume --data-root data --out "
         f"runs/complexity/tissue-k{k:02}-grain040-{skip}{name}-seed{seed}"
@@ -162,7 +163,7 @@ def test_a_cell_that_fails_stops_no_other(copied):
     (copied / "data/tissue-k03-grain040/masks.npy").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=f"1 cells failed, first {failing}: exit status 2, .*dama"):
         experiment()
-    page = (copied / "results/complexity/README.md").read_text()
+    page = (copied / "results/complexity/README.md").read_text("utf-8")
     assert (copied / f"results/complexity/{other}.json").exists()
     first, second = cells(page.split("<!-- fusion pays -->")[1].split("<!-- end -->")[0].strip())
     assert "(n = 2)" in first[1] and "(n = 1)" in second[1]
@@ -178,7 +179,7 @@ def test_the_page_compares_seed_by_seed(finished):
             text = (folder / f"tissue-k01-grain040-{skip}-seed{seed}.json").read_text()
             rows[skip, seed] = json.loads(text)["per_tile"]["iou"]
     difference = np.array([rows["fusion", seed] - rows["standard", seed] for seed in (0, 1)]) * 100
-    page = (folder / "README.md").read_text()
+    page = (folder / "README.md").read_text("utf-8")
     assert page.count(f"| {difference.mean():+.2f} ± {abs(np.diff(difference))[0] / 2:.2f} (n = 2)"
                       ) == 2
     assert "![difference to the standard skip](differences.png)" in page
@@ -206,7 +207,7 @@ def test_report_trains_nothing_and_keeps_the_words_of_the_page(copied):
     page.write_text("Words.\n\n<!-- trend -->\n<!-- end -->\n")
     Path("results/complexity/differences.png").unlink()
     assert experiment("--report") == []
-    assert page.read_text().startswith("Words.\n\n<!-- trend -->\n| Skips | Slope ")
+    assert page.read_text("utf-8").startswith("Words.\n\n<!-- trend -->\n| Skips | Slope ")
     assert Path("results/complexity/differences.png").stat().st_size > 1000
 
 

@@ -59,7 +59,8 @@ def write_prepared(root, n):
     folder.mkdir()
     np.save(folder / "images.npy", noise(n, 224, 224, 3))
     np.save(folder / "masks.npy", noise(n, 224, 224, high=2))
-    (folder / "tiles.csv").write_text("image,row,column,official\n" + "a,0,1,train\n" * n)
+    (folder / "tiles.csv").write_text("image,row,column,official\n" + "a,0,1,train\n" * n,
+                                      newline="\n")
     return folder
 
 
@@ -202,7 +203,7 @@ def test_two_point_polygons_are_left_out_aloud(tmp_path, capsys):
     assert mask.sum() == 6 and mask[2, 2] and not mask[1, 1]
 
 
-def test_linked_folders_are_followed_and_a_circle_of_links_ends(tmp_path):
+def test_linked_folders_are_followed_and_a_circle_of_links_ends(posix, tmp_path):
     raw, far = tmp_path / "raw", write_raw(tmp_path / "far" / "deep", "a").parent
     raw.mkdir()
     for link, target in (tmp_path / "link", raw), (raw / "more", far), (far / "back", raw):
@@ -465,7 +466,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, comma
 
 
 @pytest.mark.parametrize("name", ["b.tif", "b.xml"])
-def test_a_pipe_in_the_place_of_a_file_is_refused_at_once(tmp_path, capsys, name):
+def test_a_pipe_in_the_place_of_a_file_is_refused_at_once(posix, tmp_path, capsys, name):
     path = write_raw(tmp_path / "raw", "b") / name
     path.unlink()
     os.mkfifo(path)  # whoever opens it waits for a writer, here nine seconds

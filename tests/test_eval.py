@@ -156,7 +156,7 @@ def join(rank, world_size, folder, judge, indices):
 
 
 @pytest.mark.parametrize("world_size, tiles", [(2, 16), (3, 16), (4, 3)])
-def test_processes_share_tiles_count_none_twice_and_all_know_the_whole(judged, tmp_path,
+def test_processes_share_tiles_count_none_twice_and_all_know_the_whole(posix, judged, tmp_path,
                                                                        world_size, tiles):
     order, judge = judged
     context = multiprocessing.get_context("fork")

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -106,8 +107,8 @@ def test_scale_is_stored_and_used_by_predict(tmp_path):
     image = Image.open(tmp_path / "raw/images/image-0.png").resize(
         (300, 225), Image.Resampling.BILINEAR)
     assert (tiles.images[0].numpy() == np.asarray(image)[:224, :224]).all()
-    train.main(train.parse_args(f"--data mine --data-root {tmp_path} --width 2 --epochs 1 "
-                                f"--batch-size 4 --out {tmp_path}/run".split()))
+    train.main(train.parse_args([*"--data mine --width 2 --epochs 1 --batch-size 4".split(),
+                                 "--data-root", str(tmp_path), "--out", str(tmp_path / "run")]))
     predict.main(predict.parse_args([
         f"{tmp_path}/run/best.pt", str(tmp_path / "raw/images/image-0.png"), "--probabilities",
         "--out", str(tmp_path / "out")]))
@@ -179,6 +180,7 @@ def test_an_accent_has_one_spelling_whatever_system_stored_it(tmp_path):
     assert {row[0] for row in tiles.rows} == {"caf\u00e9-0", "caf\u00e9-1"}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are Unicode")
 def test_a_name_that_is_no_text_is_named_before_work_starts(tmp_path):
     folder = write_set(tmp_path / "raw", 2, name="gr\udcf6sse")  # Latin-1 on a disk
     with pytest.raises(ValueError, match=r"sse-0\.png: its name.*rename it"):
@@ -226,8 +228,8 @@ def test_a_set_prepared_with_other_classes_than_the_checkpoints_is_refused(tmp_p
     for names in ["a", "b", "c"], ["a", "b", "other"]:
         root = tmp_path / names[-1]
         prepare(folder, root, "--classes", *names)
-    train.main(train.parse_args(f"--data mine --data-root {tmp_path}/c --width 2 --epochs 1 "
-                                f"--batch-size 4 --out {tmp_path}/run".split()))
+    train.main(train.parse_args([*"--data mine --width 2 --epochs 1 --batch-size 4".split(),
+                                 "--data-root", f"{tmp_path}/c", "--out", f"{tmp_path}/run"]))
     line = refused(capsys, evaluation, tmp_path / "run/best.pt", "--data-root", root)
     assert "a, b, c" in line and "a, b, other" in line
 
@@ -311,7 +313,7 @@ def test_bad_own_data_are_named_and_nothing_is_prepared(tmp_path, capsys, change
     change(write_set(tmp_path / "raw", 3, labels=(0, 1)))
     line = refused(capsys, data, "prepare", "mine", "--from", tmp_path / "raw", "--data-root",
                    tmp_path, *flags)
-    assert said in line and not (tmp_path / "mine").exists()
+    assert said in line.replace("\\", "/") and not (tmp_path / "mine").exists()
 
 
 @pytest.mark.parametrize("name, flags, said", [

@@ -26,8 +26,9 @@ files = sorted(p.name for f in folders for p in pathlib.Path(f).rglob("*.[tp][in
 pathlib.Path("ran.json").write_text(json.dumps({"argv": sys.argv[1:], "files": files}))
 """
 
-pytestmark = [pytest.mark.skipif(not shutil.which(tool), reason=f"needs {tool}")
-              for tool in ("bash", "curl")]
+pytestmark = [pytest.mark.usefixtures("posix"),
+              *(pytest.mark.skipif(not shutil.which(tool), reason=f"needs {tool}")
+                for tool in ("bash", "curl"))]
 
 
 def archive(path, entries):

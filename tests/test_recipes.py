@@ -1,5 +1,7 @@
 """The flags of an experiment: losses, schedules, weight decay, augmentations, and all at once."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import arguments, fit, load, made_up_tiles, refused, stop_before_batch
@@ -104,7 +106,7 @@ def test_flags_together_resume_to_the_bit(tmp_path, monkeypatch):
 def test_synthetic_classes_train_and_score_by_their_names(tmp_path, monkeypatch, capsys):
     for module in train, evaluation:
         monkeypatch.setattr(module, "load", lambda name, root, k: data.synthetic(10, k))
-    flags = f"--classes 4 --width 2 --epochs 1 --batch-size 4 --out {tmp_path}".split()
+    flags = [*"--classes 4 --width 2 --epochs 1 --batch-size 4 --out".split(), str(tmp_path)]
     train.main(train.parse_args(flags))
     result, = evaluation.main(evaluation.parse_args([f"{tmp_path}/best.pt"]))
     assert "tumour_nucleus" in capsys.readouterr().out and len(result["classes"]) == 4
@@ -125,6 +127,12 @@ def test_bfloat16_trains_and_validates_but_the_test_is_in_float32_as_eval_scores
     assert halves == [True, True, True, False]
 
 
+def test_bfloat16_is_refused_where_it_would_be_float32(tmp_path):
+    args = train.parse_args(arguments(tmp_path, "--bf16"))
+    with pytest.raises(ValueError, match="--bf16: MPS trains in float32"):
+        train.build_training(args, 1, torch.device("mps"))
+
+
 def test_bfloat16_on_a_cpu_learns_nearly_the_same_and_is_told_apart(tmp_path, whole):
     fit(tmp_path / "run", "--bf16")
     half, full = (load(folder / "last.pt") for folder in (tmp_path / "run", whole.out))
@@ -133,4 +141,4 @@ def test_bfloat16_on_a_cpu_learns_nearly_the_same_and_is_told_apart(tmp_path, wh
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.02)
     assert not torch.equal(half["model"]["head.weight"], full["model"]["head.weight"])
     args = train.parse_args(["--bf16"])
-    assert str(args.out) == "runs/synthetic-unet-standard-bf16-seed0"
+    assert args.out == Path("runs/synthetic-unet-standard-bf16-seed0")

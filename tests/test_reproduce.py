@@ -10,7 +10,8 @@ import time
 import pytest
 from conftest import ROOT
 
-pytestmark = pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+pytestmark = [pytest.mark.skipif(not shutil.which("bash"), reason="needs bash"),
+              pytest.mark.usefixtures("posix")]
 
 TRAIN = """\
 import os, pathlib, sys

@@ -5,8 +5,11 @@ import errno
 import math
 import multiprocessing
 import os
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -42,12 +45,12 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").touch()
     for name in "none/scores.json", "folder.png", "file/log.csv":
-        told = f"^{tmp_path / name}: cannot be written"
+        told = f"^{re.escape(str(tmp_path / name))}: cannot be written"
         with pytest.raises(OSError, match=told), write_atomic(tmp_path / name) as file:
             file.write(b"new")
 
 
-def test_links_and_what_is_no_file_stay_what_they_are(tmp_path):
+def test_links_and_what_is_no_file_stay_what_they_are(posix, tmp_path):
     (tmp_path / "page.md").write_text("old")
     (tmp_path / "link.md").symlink_to("page.md")
     with write_atomic(tmp_path / "link.md") as file:
@@ -111,7 +114,7 @@ def test_a_name_must_be_there_even_if_its_value_may_be_none(value, missing):
     assert utils.first_mismatch(value, {"a": float | None, "b": float}) == missing
 
 
-def test_a_folder_is_locked_against_other_processes_until_the_lock_is_closed(tmp_path):
+def test_a_folder_is_locked_against_other_processes_until_the_lock_is_closed(posix, tmp_path):
     def exit_code_of_another():
         process = multiprocessing.get_context("fork").Process(target=leave_if_locked,
                                                               args=(tmp_path / "run",))
@@ -215,14 +218,14 @@ run_cli(main, lambda: sys.argv[1])
 
 
 @pytest.fixture
-def shell(tmp_path):
+def shell(posix, tmp_path):
     """Run a shell command, in which {} stands for SCRIPT -> finished process."""
     def run(command, encoding="utf-8"):
         environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding,
                                     "PYTHONUNBUFFERED": ""}
-        return subprocess.run(
-            ["bash", "-c", command.format(f"{sys.executable} {tmp_path / 'script.py'}")],
-            env=environment, text=True, capture_output=True, timeout=120)
+        script = shlex.join([sys.executable, str(tmp_path / "script.py")])
+        return subprocess.run(["bash", "-c", command.format(script)], env=environment, text=True,
+                              capture_output=True, timeout=120)
 
     (tmp_path / "script.py").write_text(SCRIPT)
     return run
@@ -234,6 +237,14 @@ def shell(tmp_path):
 def test_output_that_nobody_reads_is_no_error(shell, command, output):
     run = shell(command)
     assert (run.stdout, run.stderr, run.returncode) == (output, "", 0)
+
+
+def test_patterns_are_filled_in_and_other_words_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "b.pt", "a.pt", "c[1].pt":
+        Path(name).touch()
+    assert utils.fill_in(["[ab].pt", "--lr", "9", "c[1].pt", "", "none/*.pt"]) == [
+        "a.pt", "b.pt", "--lr", "9", "c[1].pt", "", "none/*.pt"]
 
 
 def test_a_character_that_the_terminal_lacks_is_replaced(shell):
@@ -324,7 +335,8 @@ def test_without_a_name_there_is_always_a_device():
 @pytest.mark.parametrize("device, backend", [("cpu", "gloo"), ("cuda:0", "nccl")])
 def test_several_processes_talk_by_what_their_device_has(device, backend, monkeypatch):
     asked = []
-    monkeypatch.setattr("torch.distributed.init_process_group", asked.append)
+    monkeypatch.setattr("torch.distributed.init_process_group",
+                        lambda backend, timeout: asked.append(backend))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert setup_processes(torch.device(device)) == (0, 2)
@@ -332,7 +344,7 @@ def test_several_processes_talk_by_what_their_device_has(device, backend, monkey
 
 
 def test_what_rank_0_can_print_ends_no_other_process(monkeypatch):
-    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend: None)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
     monkeypatch.setattr("sys.stdout", sys.stdout)  # put back at the end
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
