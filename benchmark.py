@@ -76,7 +76,8 @@ def naive_batch(tiles, indices, device):
 def build_step(args, model, skip, images, masks, device, naive=False):
     """Build a network -> step(), which trains it on a batch and returns the loss.
 
-    The step is train.py's or the baseline's: the same arithmetic, from the same weights.
+    The step is train.py's or the baseline's: the same function of the same weights, on CUDA in
+    another precision.
     """
     fast = device.type == "cuda" and not naive
     loss_fn = loss_for(1)

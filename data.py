@@ -95,7 +95,7 @@ def load(data, root, num_classes=1):
     """Open a prepared data set -> Tiles, memory-mapped. "synthetic" is drawn on the spot.
 
     `num_classes` is for the synthetic set. Raises FileNotFoundError or ValueError saying how to
-    prepare the data.
+    prepare the data, OSError if an array cannot be opened.
     """
     if data == "synthetic":
         return synthetic(num_classes=num_classes)
@@ -208,7 +208,10 @@ def split_tiles(data, rows, split):
 
 
 def fingerprint(rows, parts):
-    """A short text that is the same for two splits only if they are of the same tiles."""
+    """A short text that is the same for two splits only if their tiles have the same names.
+
+    It knows nothing of pixels: monuseg and monuseg-exact have the same.
+    """
     names = {part: [rows[i][:3] for i in indices] for part, indices in parts.items()}
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
@@ -389,7 +392,7 @@ CHANCE = 0.5          # of each augmentation, for each tile
 ELASTIC_CELLS = 7     # elastic: random shifts on a grid of 7 x 7 cells of 32 pixels,
 ELASTIC_STD = 8       # pixels, their standard deviation before smoothing
 GRID_CELLS = 5        # grid distortion: rows and columns of 5 cells each grow or shrink
-GRID_STRETCH = 0.3    # by up to 30 %
+GRID_STRETCH = 0.3    # by up to 30 %, and are then fitted into the tile again
 BRIGHTNESS = 0.2      # brightness changes by up to 20 %
 STAIN_SHIFT = 0.2     # with --stain S, stains are also shifted, by up to S / 5 in optical density
 

@@ -3,13 +3,14 @@
     python eval.py runs/monuseg-unet-conv-seed0/best.pt           # one network, in detail
     python eval.py runs/*/best.pt                                 # several: the paper's Table 2
     python eval.py runs/*/best.pt --json scores.json              # the same for programs
-    python eval.py runs/*/best.pt --whole --tta                   # whole images beside tiles
-    python eval.py runs/*/best.pt --ensemble                      # all networks as one
-    python eval.py runs/*/best.pt --figure fig.png                # tiles, as the paper's Figs. 3-5
+    python eval.py runs/*-official-*/best.pt --whole --tta        # whole images beside tiles
+    python eval.py runs/lung-unet-conv-seed*/best.pt --ensemble   # networks of all seeds as one
+    python eval.py runs/lung-*/best.pt --figure fig.png           # tiles, as the paper's Figs. 3-5
     python eval.py runs/*/best.pt --curves curves.png             # training, as the paper's Fig. 2
 
-Everything comes from one confusion matrix per tile. Its two averages differ by points, so both are
-always shown: "per tile" is what the paper's Table 2 seems to hold, "global" the field's standard.
+Everything comes from one confusion matrix per tile, or per whole image. Its two averages differ by
+points, so both are always shown: "per tile" is what the paper's Table 2 seems to hold, "global" the
+field's standard.
 """
 
 import argparse
@@ -63,12 +64,13 @@ def compute_metrics(confusions, ignore=()):
     """IoU, F1, precision and recall from confusion matrices (N, K, K) -> nested dict (paper 2.5).
 
     IoU = TP / (TP + FP + FN), F1 = 2 TP / (2 TP + FP + FN). "per_tile" divides within each tile,
-    then takes the mean over the classes that the tile's mask holds, then over tiles: all tiles
-    weigh the same, however little of a class they show. "global" first sums all tiles' pixels and
-    takes the mean over the classes that occur in masks or predictions: all pixels of a class weigh
-    the same, those of overlapping tiles once for each. K = 2 scores label 1 alone, as the paper's
-    pairs of IoU and F1 for MoNuSeg suggest. Pixels whose true label is in `ignore` are not counted,
-    and those labels not scored. Values are 0..1, None where there is nothing to divide by.
+    then takes the mean over the classes that the tile's mask holds, then over the tiles that hold
+    any: these weigh the same, however little of a class they show. "global" first sums all tiles'
+    pixels and takes the mean over the classes that occur in masks or predictions: all pixels of a
+    class weigh the same, those of overlapping tiles once for each. K = 2 scores label 1 alone, as
+    the paper's pairs of IoU and F1 for MoNuSeg suggest. "classes" has the global scores of each
+    label, "tiles" the IoU of each tile. Pixels whose true label is in `ignore` are not counted, and
+    those labels not scored. Values are 0..1, None where there is nothing to divide by.
     """
     counts = confusions.cpu().double()  # MPS has no float64
     k = counts.shape[1]
@@ -314,7 +316,7 @@ def parse_args(argv=None):
     parser.add_argument("--curves", type=picture, metavar="PICTURE",
                         help="draw the runs' training curves in one picture")
     parser.add_argument("--whole", action="store_true", help="also predict the test images as "
-                        "wholes, as predict.py does, and score these")
+                        "wholes, as predict.py does, and score these (not for --split tile)")
     parser.add_argument("--tta", action="store_true",
                         help="with --whole: test-time augmentation, the average over eight flips "
                         "and turns")

@@ -34,7 +34,10 @@ def palette_for(num_classes):
 
 
 def outline(mask, width=1):
-    """Border of each region of one label, `width` pixels inside it: mask (H, W) -> bool (H, W)."""
+    """Borders of the regions of each label but 0, the outermost `width` pixels inside them.
+
+    mask (H, W) -> bool (H, W). The edge of the image is no border.
+    """
     padded = np.pad(mask, 1, mode="edge")
     neighbours = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
     border = np.any([mask != neighbour for neighbour in neighbours], axis=0) & (mask > 0)

@@ -5,9 +5,9 @@
 
 An image NAME is brought to the scale of the training set and predicted in overlapping tiles, whose
 probabilities fade into each other, so that no seam shows. It yields NAME_mask.png (class indices,
-shown in colours; with one class, 1 is a nucleus) and NAME_overlay.png (outlines on the image), and
-on demand NAME_probabilities.npy (float16, at the training scale: height, width, classes). Files of
-these names are replaced only if predict.py wrote them.
+shown in colours; 1 is the class, if there is but one) and NAME_overlay.png (outlines on the image),
+and on demand NAME_probabilities.npy (float16, at the training scale: height, width, classes). Files
+of these names are replaced only if predict.py wrote them (an .npy: if it wrote the mask beside it).
 """
 
 import argparse
@@ -39,8 +39,8 @@ MARK.add_text("Software", "predict.py")
 def find_images(images, out):
     """Find the images among files and folders, which may hold predictions -> {name: path}.
 
-    Raises ValueError if there is none, if two have one name, or if a file in the folder `out` that
-    predict.py has not written would be overwritten.
+    Raises ValueError if there is none, if two have one name, if one lies in the folder `out`, or if
+    a file there that predict.py has not written would be overwritten.
     """
     folders = [path for path in images if path.is_dir()]
     files = [path.absolute() for path in images if path not in folders]
@@ -210,7 +210,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="best.pt of a run")
     parser.add_argument("images", type=Path, nargs="+", help="image files, or folders: all images "
-                        "in them but *_mask.png and *_overlay.png")
+                        "in them and below, but *_mask.png and *_overlay.png")
     parser.add_argument("--out", type=Path, default="predictions",
                         help="folder to write to (default: predictions)")
     parser.add_argument("--scale", type=number(float, maximum=10), help="factor to resize images "

@@ -181,7 +181,10 @@ def read_polygons(path, size, raster="paper"):
 
 
 def read_mask(path):
-    """Read a nucleus mask stored as a picture (0/1 or 0/255, any 8-bit mode) -> mask, 0 or 1."""
+    """Read a nucleus mask stored as a picture, 0 and one other value -> mask image, 0 or 1.
+
+    Raises ValueError for more values, and for pictures with transparency or more than 8 bits.
+    """
     mask = np.asarray(read_image(path, ("L", "LA", "P", "1", "RGB")).convert("RGB")).max(axis=2)
     values = np.unique(mask)
     if len(values) > 2 or (len(values) == 2 and values[0] != 0):
@@ -254,7 +257,7 @@ def read_bcss(image_path, mask_path, size, num_classes):
 def read_labels(path):
     """Read a mask of a user's set -> PIL image, mode L: its labels, 0..255; of a palette, indices.
 
-    Raises ValueError unless it has one channel of 8 bits, or of 1.
+    Raises ValueError unless it has one channel, of 8 bits, 1 bit or a palette, and is no JPEG.
     """
     # Of these modes, all but the first three are read only to be named in an error below.
     image = read_image(path, ("L", "P", "1", "RGB", "RGBA", "LA", "I;16", "I"))
@@ -513,9 +516,10 @@ def stamp(item):
 def prepare(data, folders, root, **options):
     """Write ROOT/DATA/{images.npy, masks.npy, tiles.csv, set.json} from raw files in the folders.
 
-    `options` go to the set's find function. Works in ROOT/DATA.partial, continues there after an
-    interruption, and renames it when whole. Raises ValueError naming the first raw file that cannot
-    be used; what is done stays.
+    `options` go to the set's find function. A set that is there already is left alone. Works in
+    ROOT/DATA.partial, continues there after an interruption, and renames it when whole. Raises
+    ValueError naming the first raw file that cannot be used, whereupon what is done stays, or if
+    another process is at it; FileExistsError if ROOT/DATA is something else.
     """
     final, working = Path(root, data), Path(root, data + ".partial")
     if (final / "tiles.csv").exists():

@@ -186,8 +186,9 @@ AVERAGES = {"per_tile": "per tile", "global": "global", "per_image": "per whole 
 def table_2(results):
     """The paper's Table 2, one for every data set and split: mean ± standard deviation over seeds.
 
-    In brackets the paper's, for scores on the masks that were trained on. A row holds the runs that
-    differ in the seed alone; ValueError for two that differ in nothing, or in their test images.
+    In brackets the paper's, beside scores per tile of its recipe and kind of split. A row holds the
+    runs that differ in the seed alone; ValueError for two that differ in nothing, or in their test
+    images.
     """
     averages = [average for average in AVERAGES if all(average in one for one in results)]
     titles = [f"{metric} {AVERAGES[average]}" for average in averages for metric in ("mIoU", "F1")]

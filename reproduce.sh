@@ -7,8 +7,9 @@
 #   ./reproduce.sh monuseg --jobs 2                        two at a time (default: one a GPU, or 1)
 #
 # Start it again after an interruption: what is finished is skipped, the rest resumed, and a run
-# that fails does not stop the others. Each run's output is in runs/*.log, the page in
-# runs/DATA.md, below the folder in which it is called.
+# that fails does not stop the others. Below the folder in which it is called, the output of runs is
+# added to runs/DATA-MODEL-SKIP-SEED.log, whatever their other flags, and runs/DATA.md is a page of
+# all runs in runs/DATA-*. Of several jobs, each takes one CPU thread, or OMP_NUM_THREADS.
 
 set -uo pipefail
 here=$(dirname "$0")
