@@ -149,8 +149,8 @@ def synthetic(n=100, num_classes=1):
 def split_by_hash(rows, pool, fraction, unit):
     """Draw whole units from `pool` -> (drawn, rest), lists of indices.
 
-    A unit is a tile, a source image, or a tissue source site (mostly a hospital): images whose
-    names share their first two parts, as TCGA-B0.
+    A unit is a tile, a source image, or a tissue source site, TCGA's code for an institution and a
+    kind of cancer: images whose names share their first two parts, as TCGA-B0.
     """
     name_of = {"tile": lambda row: str(row[:3]), "image": lambda row: row[0],
                "site": lambda row: "-".join(row[0].split("-")[:2])}[unit]
@@ -421,7 +421,8 @@ def change_stain(images, changes):
     """Scale and shift each stain: hematoxylin, eosin and the residual (Ruifrok, 2001).
 
     images (n, 3, H, W), 0..1, are overwritten; changes (n, 2, 3): factors and shifts of the three,
-    in optical density. Returns images of the same shape. Not in the paper.
+    in optical density (with the natural logarithm). Returns images of the same shape. Not in the
+    paper.
     """
     stains = F.normalize(torch.tensor((HEMATOXYLIN, EOSIN)))
     stains = torch.cat((stains, torch.linalg.cross(*stains)[None]))         # (3, 3), one a row
@@ -444,7 +445,7 @@ def draw_augmentation(n, generator, names=(*WARPS, *COLOURS), windows=0.0, stain
     """Draw the random parameters of n tiles: small tensors on the CPU, the same for any device.
 
     matrix (n, 2, 2): flips and rotation; columns, rows (n, 6): the grid's distorted lines, -1..1;
-    elastic (n, 2, 10, 10): shifts at the grid's points, of which 1 is half a tile; brightness
+    elastic (n, 2, 10, 10): shifts at the grid's points, in units of half a tile; brightness
     (n, 1): factors. A warp that is not in `names` is drawn, too, but changes nothing, so that the
     draws of the others do not depend on it. With `windows` above 0, also zoom (n,): a window's
     share of the piece that was cut out for it; with `stain` above 0, also stain (n, 2, 3): factors
@@ -549,7 +550,7 @@ def parse_args(argv=None):
                               "images and masks, or with these in train, val and test")
     command.add_argument("--later-images", action="store_true",
                          help="keep the seven MoNuSeg images that the paper did not have (one, "
-                              "TCGA-FG-A87N, is of a hospital that the official split tests on)")
+                              "TCGA-FG-A87N, is of a site that the official split tests on)")
     command.add_argument("--raster", choices=("paper", "exact"),
                          help="of MoNuSeg's polygons: paper fills the pixels of the outline, too "
                               "(default); exact fills those whose centre is inside, and prepares "

@@ -9,8 +9,8 @@
     python eval.py runs/*/best.pt --curves curves.png             # training, as the paper's Fig. 2
 
 Everything comes from one confusion matrix per tile, or per whole image. Its two averages differ by
-points, so both are always shown: "per tile" is what the paper's Table 2 seems to hold, "global" the
-field's standard.
+points, so both are always shown: "per tile" is what the paper's Table 2 seems to hold, "global" is
+usual in semantic segmentation.
 """
 
 import argparse

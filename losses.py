@@ -95,7 +95,7 @@ def loss_for(num_classes, ignore=(), name=None):
     """The loss called `name`, or the paper's (2.2), as a function (logits, masks) -> (N,).
 
     The paper takes BCE for one class, cross-entropy + Dice for more. Raises ValueError for a loss
-    that does not fit so many classes.
+    that does not fit this number of classes.
     """
     name = name or ("bce" if num_classes == 1 else "ce+dice")
     unfit = SEVERAL_CLASSES if num_classes == 1 else ONE_CLASS
@@ -136,7 +136,7 @@ RECIPES = {
     "bcss": {"epochs": 10, "batch_size": 50, "lr": 1e-3, "width": 64, "swin_unet": {"lr": 1e-5}},
     "bcss512": {"epochs": 10, "batch_size": 50, "lr": 1e-3, "width": 64, "swin_unet": {"lr": 1e-5}},
 }
-# What all of them have in common; a loss of None is the paper's for so many classes.
+# What all of them have in common; a loss of None is the paper's for that number of classes.
 COMMON = {"classes": None, "loss": None, "schedule": "constant", "weight_decay": 0.0, "ema": 0.0,
           "augment": "all", "windows": 0.0, "stain": 0.0, "skip_depth": 1, "bf16": False}
 
@@ -151,9 +151,9 @@ RECIPES["monuseg strong"] |= {"loss": "bce+dice", "epochs": 200}
 # Raised whenever the same flags train differently: runs of two versions are never averaged.
 RECIPE_VERSION = 3
 RECIPE_VERSIONS = {
-    1: "brightness of all colours alike, up to 20 %; skips of one seed share no weights",
-    2: "brightness of red, green and blue each by itself, up to 30 %; skips share no weights",
-    3: "brightness as in 1; skips of one seed share the weights that they have in common",
+    1: "brightness of all colours alike, up to 20 %; skips of one seed share no initial weights",
+    2: "brightness of red, green and blue each by itself, up to 30 %; no common initial weights",
+    3: "brightness as in 1; skips of one seed have the same initial weights in common layers",
 }
 
 

@@ -137,8 +137,9 @@ def he_init(blocks):
 
 
 # -----------------------------------------------------------------------------
-# The two networks. Each gets its skip's class and draws the skip last: networks of one seed share
-# all their other weights, so that a comparison of skips, seed by seed, compares the skips alone.
+# The two networks. Each gets its skip's class and creates the skip last: networks of one seed start
+# from the same weights in all other layers, so that a comparison of skips, seed by seed, compares
+# the skips alone.
 # (If a skip returns more channels, decoder blocks differ, and so does what is drawn after them.)
 # Another network takes the same four arguments and says the same three things about itself: whether
 # it starts from pretrained weights (it then has a `load_pretrained`), and which image sides it

@@ -194,14 +194,14 @@ def read_mask(path):
 
 
 def resize_thinner(mask, side):
-    """Resize a square mask of the paper's raster, by nearest pixels, half a pixel thinner.
+    """Resize a square mask of the paper's raster, by nearest neighbour, half a pixel thinner.
 
     mask (S, S) uint8, 0 or 1 -> (side, side). Around polygons of about one vertex per pixel, as
     MoNuSeg's are, Pillow's outline reaches half a pixel too far. So a pixel stays set only if the
     mask is set half a pixel above, below, left and right of its centre. (At an unchanged size,
     these four points would lie exactly on the edges of pixels.) Over the 13 training images whose
     polygons we had, the result has 1.001 times the area of the exact raster and a Dice of 0.968
-    with it; nearest pixels alone have 1.085 and 0.959.
+    with it; nearest neighbour alone has 1.085 and 0.959.
     """
     centres = (np.arange(side) + 0.5) * len(mask) / side
     before, at, after = ((centres + shift).clip(0, len(mask) - 1).astype(int)
@@ -486,7 +486,7 @@ def own_classes(masks, names):
     if highest >= len(PALETTE):
         raise ValueError(f"{found}, but masks hold two values, or classes from 0 to at most "
                          f"{len(PALETTE) - 1}: replace grey levels by these (and resize masks by "
-                         "nearest pixels)")
+                         "nearest neighbour)")
     if names:
         raise ValueError(f"{found}, but masks of one class hold two values, 0 and another, and "
                          f"these hold {', '.join(map(str, labels))}: name all classes")
@@ -518,8 +518,8 @@ def prepare(data, folders, root, **options):
 
     `options` go to the set's find function. A set that is there already is left alone. Works in
     ROOT/DATA.partial, continues there after an interruption, and renames it when whole. Raises
-    ValueError naming the first raw file that cannot be used, whereupon what is done stays, or if
-    another process is at it; FileExistsError if ROOT/DATA is something else.
+    ValueError if a raw file cannot be used (it names the first one, and keeps what is done) or if
+    another process is preparing the set; FileExistsError if ROOT/DATA is something else.
     """
     final, working = Path(root, data), Path(root, data + ".partial")
     if (final / "tiles.csv").exists():

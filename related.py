@@ -30,7 +30,7 @@ class NestedSkip(nn.Module):
     Level i returns x(i, 0), x(i, 1), ... concatenated, as far as they can be computed without the
     bottleneck. The decoder, which concatenates them to what it has enlarged, computes the last x(i,
     j) of each level. It takes levels of which each has half the side of the one before. The
-    original's deep supervision, a head for each x(0, j), is left out: the paper has results with
+    original's deep supervision, a head for each x(0, j), is left out: its authors have results with
     and without it.
     """
 
@@ -219,12 +219,12 @@ class DoubleUNet(nn.Module):
 
     images (N, 3, H, W) float -> logits (N, num_classes, H, W), H and W multiples of 16.
 
-    The first U-Net's encoder is VGG-19 without its classifier. Its mask, after a sigmoid, times the
-    image is what the second U-Net sees; the second decoder takes the skips of both encoders. The
-    mask has one channel, however many classes there are: where to look, not what is there. What is
-    trained and scored is the second U-Net's output, where the original trains the mask, too. Any
-    skip of SKIPS may stand between; `width` and `checkpointing` mean nothing here, as VGG's widths
-    are fixed. Raises ValueError for other sizes.
+    The first U-Net's encoder is VGG-19 without its classifier. The second U-Net sees the image
+    times the first one's mask, after a sigmoid; its decoder takes the skips of both encoders. The
+    mask has one channel, however many classes there are: it says where to look, not what is there.
+    Loss and scores are of the second U-Net's output alone; the original has a loss on the mask,
+    too. Any skip of SKIPS may stand between; `width` and `checkpointing` mean nothing here, as
+    VGG's widths are fixed. Raises ValueError for other sizes.
     """
 
     pretrained = True

@@ -255,8 +255,9 @@ def error_over_images(images, values):
 def skip_differences(results):
     """Per-tile test IoU of every skip minus that of each skip before it, seed by seed.
 
-    Over seeds: whether a new run would show it again. Over test images, with each tile the mean of
-    all seeds: whether new images would. A table for every number of seeds.
+    The error over seeds tells whether new runs would show the difference again; the error over test
+    images, of each tile's mean over all seeds, whether new images would. There is a table for every
+    number of seeds.
     """
     tables = {}
     groups = group_by(results, lambda result: (result["args"]["data"], result["args"]["split"],

@@ -7,9 +7,10 @@
 #   ./reproduce.sh monuseg --jobs 2                        two at a time (default: one a GPU, or 1)
 #
 # Start it again after an interruption: what is finished is skipped, the rest resumed, and a run
-# that fails does not stop the others. Below the folder in which it is called, the output of runs is
-# added to runs/DATA-MODEL-SKIP-SEED.log, whatever their other flags, and runs/DATA.md is a page of
-# all runs in runs/DATA-*. Of several jobs, each takes one CPU thread, or OMP_NUM_THREADS.
+# that fails does not stop the others. The output of each run is added to
+# runs/DATA-MODEL-SKIP-SEED.log, whatever its other flags, and runs/DATA.md becomes a page of all
+# runs in runs/DATA-*, both below the folder in which the script is called. With several jobs, each
+# takes one CPU thread, or OMP_NUM_THREADS.
 
 set -uo pipefail
 here=$(dirname "$0")

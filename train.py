@@ -71,9 +71,9 @@ def parse_args(argv=None):
     parser.add_argument("--split", choices=SPLITS,
                         help="what is drawn for testing: tiles, as in the paper, or whole images; "
                              "official takes the parts that the set came in, official-sites "
-                             "validates on other hospitals than it trains on, official-all also "
-                             "trains on the validation images (default: tile; own sets: official "
-                             "if they came in parts, else image)")
+                             "validates on other tissue source sites than it trains on, "
+                             "official-all also trains on the validation images (default: tile; "
+                             "own sets: official if they came in parts, else image)")
     parser.add_argument("--seed", type=number(int, minimum=0, maximum=2**63 - 1), default=0,
                         help="of everything random except the split and the synthetic tiles "
                         "(default: 0)")
