@@ -14,6 +14,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / "shared" / "data"
+os.environ["PYTHON_COLORS"] = "0"  # else argparse may colour what it says
 torch.set_num_threads(1)  # tiny maps: a second thread mostly waits, much longer on a busy machine
 
 import data  # noqa: E402, from ROOT

@@ -17,6 +17,9 @@ from losses import loss_for
 from models import MODELS, SKIPS, create_model
 from utils import autocast, to_device
 
+with_cuda = pytest.mark.skipif(not torch.backends.cuda.is_built(),
+                               reason="this build of PyTorch knows no CUDA devices")
+
 
 @pytest.fixture(autouse=True)
 def no_card(monkeypatch):
@@ -50,6 +53,7 @@ def on_cuda(*tensors):
     return all(tensor.device.type == "cuda" for tensor in tensors)
 
 
+@with_cuda
 @pytest.mark.parametrize("where", ["cpu", "cuda"])
 def test_a_batch_is_augmented_where_it_is_trained(where):
     with FakeTensorMode():
@@ -61,6 +65,7 @@ def test_a_batch_is_augmented_where_it_is_trained(where):
         assert on_cuda(images, masks, data.normalize(images))
 
 
+@with_cuda
 @pytest.mark.parametrize("where", ["cpu", "cuda"])
 def test_windows_are_cut_where_the_set_lies_and_stained_where_they_are_trained(where):
     whole = data.WholeImage(torch.arange(4).view(2, 2), [0, 224], [0, 100])
@@ -73,6 +78,7 @@ def test_windows_are_cut_where_the_set_lies_and_stained_where_they_are_trained(w
         assert on_cuda(images, masks) and images.shape == (2, 3, 224, 224)
 
 
+@with_cuda
 @pytest.mark.parametrize("model, skip, num_classes", [
     ("unet", "standard", 1), *(("unet", skip, 3) for skip in SKIPS),
     *((model, "fusion", 3) for model in MODELS if model != "unet")])
@@ -87,6 +93,7 @@ def test_no_tensor_stays_on_the_cpu_between_a_batch_and_its_scores(model, skip, 
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
+@with_cuda
 def test_evaluation_stays_on_its_device():
     network = OnCuda("unet", "conv", 3)
     with FakeTensorMode():

@@ -31,8 +31,10 @@ folder.mkdir(exist_ok=True)
 
 
 @pytest.fixture
-def reproduce(tmp_path):
+def reproduce(tmp_path, monkeypatch):
     """Run the script beside stand-ins -> finished process, what train.py was called with."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # of the machine
+
     def run(*words, status=0, **variables):
         (tmp_path / "calls.txt").unlink(missing_ok=True)
         done = subprocess.run(
