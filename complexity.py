@@ -7,9 +7,9 @@
 Synthetic tissue (synthetic.py) stays the same while its labels are merged to 1, 3, 6, 12 and 22
 classes, or keeps 6 classes while its regions grow. A cell is one network trained on one of these
 sets by train.py. What is compared, and what counts as a result, was written down before the first
-cell was trained, and for LONGER before the first of these: results/complexity/README.md. Start it
-again after an interruption: cells finished in runs/complexity are skipped (remove them if you
-change RECIPE), the others go on, and a cell that fails does not stop the rest.
+cell was trained: results/complexity/README.md. (LONGER is exploratory.) Start it again after an
+interruption: cells finished in runs/complexity are skipped (remove them if you change RECIPE), the
+others go on, and a cell that fails does not stop the rest.
 """
 
 import argparse

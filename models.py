@@ -139,8 +139,8 @@ def he_init(blocks):
 # -----------------------------------------------------------------------------
 # The two networks. Each gets its skip's class and creates the skip last: networks of one seed start
 # from the same weights in all other layers, so that a comparison of skips, seed by seed, compares
-# the skips alone.
-# (If a skip returns more channels, decoder blocks differ, and so does what is drawn after them.)
+# the skips alone. (If a skip returns more channels, decoder blocks differ, and so does what is
+# drawn after them.)
 # Another network takes the same four arguments and says the same three things about itself: whether
 # it starts from pretrained weights (it then has a `load_pretrained`), and which image sides it
 # takes: multiples of `side_multiple` up to `max_side`, None for no limit.
@@ -302,9 +302,13 @@ def build_model(checkpoint, path):
 # Checkpointing: less memory, more time
 
 
-@torch.compiler.disable  # which takes no context_fn, and would break at a SyncBatchNorm in any case
+@torch.compiler.disable
 def checkpointed(block, x):
-    """block(x), which recomputes its feature maps in the backward pass instead of keeping them."""
+    """block(x), which recomputes its feature maps in the backward pass instead of keeping them.
+
+    It is not compiled: torch.compile takes no context_fn, without which a block whose graph breaks,
+    as it does at a SyncBatchNorm, would count each batch twice.
+    """
     return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False,
                       context_fn=lambda: (nullcontext(), statistics_off(block)))
 

@@ -183,7 +183,7 @@ def read_polygons(path, size, raster="paper"):
 def read_mask(path):
     """Read a nucleus mask stored as a picture, 0 and one other value -> mask image, 0 or 1.
 
-    Raises ValueError for more values, and for pictures with transparency or more than 8 bits.
+    Raises ValueError for more values, for more than 8 bits, and for modes but L, LA, P, 1 and RGB.
     """
     mask = np.asarray(read_image(path, ("L", "LA", "P", "1", "RGB")).convert("RGB")).max(axis=2)
     values = np.unique(mask)

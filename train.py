@@ -43,11 +43,11 @@ SAVE_GAP = 30
 
 
 def parse_args(argv=None):
+    paper = {name: recipe for name, recipe in RECIPES.items() if not name.endswith(" strong")}
     papers = "; ".join("{}: --epochs {epochs} --batch-size {batch_size} --lr {lr:g} --width {width}"
-                       .format(name, **recipe) for name, recipe in RECIPES.items()
-                       if not name.endswith(" strong"))
-    swin = ", ".join(f"{recipe['swin_unet']['lr']:g} on {name}" for name, recipe in RECIPES.items()
-                     if "swin_unet" in recipe and not name.endswith(" strong"))
+                       .format(name, **recipe) for name, recipe in paper.items())
+    swin = ", ".join(f"{recipe['swin_unet']['lr']:g} on {name}" for name, recipe in paper.items()
+                     if "swin_unet" in recipe)
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="Where no default is named, it is the recipe's, in losses.py. The paper's recipes: "
@@ -118,7 +118,8 @@ def parse_args(argv=None):
                         "CPU, too: it may pay on one with instructions for it (avx512_bf16, amx) "
                         "and is far slower on others; CUDA always trains in half precision")
     parser.add_argument("--compile", action="store_true",
-                        help="torch.compile the network (it has not paid where we timed it)")
+                        help="torch.compile the network, but for recomputed blocks (it has not "
+                        "paid where we timed it)")
     parser.add_argument("--checkpointing", action="store_true",
                         help="recompute the U-Net's largest feature maps: a third less memory or "
                         "more, more time (other networks ignore this)")
@@ -305,11 +306,11 @@ def load_data(args, device, world_size):
     """
     try:
         tiles, parts, wholes = read_data(args, world_size)
-        found = [fingerprint(tiles.rows, parts)]
+        mine = fingerprint(tiles.rows, parts)
     except (ValueError, OSError) as error:  # not raised at once: another node would wait for ever
-        found = [error]
+        mine = error
+    found = [mine] * world_size
     if world_size > 1:
-        mine, found = found[0], [None] * world_size
         dist.all_gather_object(found, mine)
     failed = next((one for one in found if isinstance(one, Exception)), None)
     if not failed and len(set(found)) > 1:
