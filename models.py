@@ -1,6 +1,6 @@
 """The paper's two networks, U-Net and Swin-UNet, and its three skip connections (paper 2.2).
 
-    python models.py        # parameter counts of every combination: the paper's Table 1
+    python models.py        # parameter counts of every combination, and the paper's Table 1
 
 Read the three skips first: their difference is the paper. Both networks use the very same ones.
 related.py adds those of other papers.
@@ -365,7 +365,8 @@ def load_encoder(encoder, path=None):
            if name.startswith("encoder.")}
     tensors = own or tensors
     # Microsoft's file counts a patch merging to the stage before it, timm to the stage after it. It
-    # also keeps buffers that timm computes.
+    # also keeps buffers that timm computes. (timm's own conversion would resize tables that do not
+    # fit, without a word.)
     if "layers.0.downsample.reduction.weight" in tensors:
         tensors = {re.sub(r"layers\.(\d)\.downsample",
                           lambda match: f"layers.{int(match[1]) + 1}.downsample", name): tensor
@@ -404,12 +405,14 @@ def fetch_from_hub():
 
 
 # -----------------------------------------------------------------------------
-# Parameter counts (the paper's Table 1)
+# Parameter counts
+
+TABLE_1 = {("unet", "standard"): 31_043_521, ("swin_unet", "conv"): 35_383_483}  # the paper's
 
 
 @cache
 def parameter_counts():
-    """{(model, skip): [parameters for 1, 3 and 22 classes]}, as in the paper's Table 1."""
+    """{(model, skip): [parameters for 1, 3 and 22 classes]} of every network."""
     with torch.device("meta"):  # counts need no memory
         return {(model, skip): [sum(parameter.numel() for parameter in
                                     create_model(model, skip, num_classes).parameters())
@@ -417,7 +420,13 @@ def parameter_counts():
                 for model in MODELS for skip in SKIPS}
 
 
+def print_parameters():
+    """Print the counts of every network and, in the last column, the paper's two."""
+    print("parameters                    1 class    3 classes   22 classes  paper, 1 class")
+    for network, counts in parameter_counts().items():
+        print("{:13}{:11}".format(*network) + "".join(f"{count:>13,}" for count in counts)
+              + (f"{TABLE_1[network]:>17,}" if network in TABLE_1 else ""))
+
+
 if __name__ == "__main__":
-    print("parameters                1 class    3 classes   22 classes")
-    for (model, skip), counts in parameter_counts().items():
-        print(f"{model:11}{skip:9}" + "".join(f"{count:>13,}" for count in counts))
+    print_parameters()

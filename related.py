@@ -8,13 +8,14 @@
 Importing this file, as every script does that builds networks, enters them in SKIPS and MODELS.
 """
 
+import socket
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import MODELS, SKIPS, double_conv, he_init, parameter_counts, resize, returned_channels
+from models import MODELS, SKIPS, double_conv, he_init, print_parameters, resize, returned_channels
 from utils import first_line
 
 # -----------------------------------------------------------------------------
@@ -276,6 +277,7 @@ class DoubleUNet(nn.Module):
         from torchvision.models import VGG19_Weights
 
         url = VGG19_Weights.IMAGENET1K_V1.url
+        socket.setdefaulttimeout(30)  # seconds: torch.hub itself would wait for a byte for ever
         try:
             tensors = (timm.models.load_state_dict(path, weights_only=True) if path else
                        torch.hub.load_state_dict_from_url(url, check_hash=True, weights_only=True))
@@ -287,6 +289,8 @@ class DoubleUNet(nn.Module):
                 f"no pretrained VGG-19: {what} ({first_line(error)}): where there is a network, "
                 f"download {url}, and give that file with --weights; or train from scratch with "
                 "--no-pretrained") from None
+        finally:
+            socket.setdefaulttimeout(None)
         prefix = "features." if "features.0.weight" in tensors else "encoder."
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
                    if name.startswith(prefix)}
@@ -302,6 +306,4 @@ MODELS.update(double_unet=DoubleUNet)
 
 
 if __name__ == "__main__":
-    print("parameters                    1 class    3 classes   22 classes")
-    for (model, skip), counts in parameter_counts().items():
-        print(f"{model:13}{skip:11}" + "".join(f"{count:>13,}" for count in counts))
+    print_parameters()

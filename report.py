@@ -22,11 +22,9 @@ import numpy as np
 import related  # noqa: F401, its skips and networks join SKIPS and MODELS
 from data import SET_NAME, SPLITS
 from losses import RECIPE_VERSION, RECIPE_VERSIONS, RECIPES, recipe_overrides
-from models import MODELS, SKIPS, parameter_counts
+from models import MODELS, SKIPS, TABLE_1, parameter_counts
 from plots import draw_curves
 from utils import ARGS, LOG, first_mismatch, run_cli, write_atomic
-
-PAPER_PARAMETERS = {("unet", "standard"): 31_043_521, ("swin_unet", "conv"): 35_383_483}  # Table 1
 
 PAPER = {  # Table 2: mIoU and F1 in percent
     ("bcss", "unet", "standard"): (30.44, 53.70), ("bcss", "unet", "conv"): (33.78, 47.42),
@@ -173,7 +171,7 @@ def table_1(_):  # counts depend on no result
     rows = [[*network, *(f"{count:,}" for count in counts)]
             for network, counts in parameter_counts().items()]
     for row in rows:
-        if paper := PAPER_PARAMETERS.get((row[0], row[1])):
+        if paper := TABLE_1.get((row[0], row[1])):
             row[2] += f" ({paper:,})"
     return markdown(["Model", "Skip", "1 class", "3 classes", "22 classes"], rows)
 

@@ -26,11 +26,21 @@ from utils import run_cli  # noqa: E402
 FLAGS = "--data monuseg --width 2 --batch-size 2 --epochs 3 --device cpu".split()
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """What a test draws does not depend on those that ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def posix():
     """For tests of links, pipes, signals, locks or forked processes, and of Bash scripts."""
     if os.name == "nt":
         pytest.skip("Windows has no such links, pipes, signals, locks or processes")
+
+
+def noise(*shape, high=256, seed=0):
+    return np.random.default_rng(seed).integers(high, size=shape, dtype=np.uint8)
 
 
 def made_up_tiles(*_):

@@ -20,17 +20,13 @@ from PIL import Image
 import data
 import eval as evaluation
 import train
-from conftest import ROOT, load, refused
+from conftest import ROOT, load, noise, refused
 from eval import compute_metrics, evaluate
 from losses import loss_for
 from models import build_model
 from raw import READERS
 
 SIZE = {"bcss": 224, "bcss512": 512}
-
-
-def noise(size, seed=0):
-    return np.random.default_rng(seed).integers(0, 255, (size, size, 3), np.uint8)
 
 
 def write_tile(folder, part, suffix, name, image, label=1):
@@ -53,7 +49,7 @@ def write_set(folder, name, regions=3, per_region=4):
     for region, number in itertools.product(range(regions), range(per_region)):
         part = "val" if region == regions - 1 else "train"
         write_tile(folder, part, suffix, tile_name(region, number, size),
-                   noise(size, 10 * region + number),
+                   noise(size, size, 3, seed=10 * region + number),
                    (20 if name == "bcss512" else 1) + (region + number) % 2)
     return folder
 
@@ -190,7 +186,7 @@ BAD_RAW = {  # what is wrong: (how to make it so, what the error says)
     "RGB mask": (save(f"train_mask/{TILE}", 224, 224, 3), f"{TILE}: Pillow mode RGB, not L or P"),
     "mask of another size": (save(f"train_mask/{TILE}", 200, 224),
                              f"{TILE}: 224 x 200 pixels, but .* has 224 x 224"),
-    "tile of another size": (lambda raw: write_tile(raw, "val", "", "big", noise(512)),
+    "tile of another size": (lambda raw: write_tile(raw, "val", "", "big", noise(512, 512, 3)),
                              "big.png: 512 x 512 pixels, but tiles of this set are 224 x 224"),
     "image without mask": (save("train/lonely.png", 224, 224, 3),
                            "lonely.png: no mask or annotation of the same name"),
@@ -293,7 +289,7 @@ def test_work_on_another_list_of_files_is_not_continued(raw, tmp_path):
     with pytest.raises(ValueError, match="280.png"):
         prepare("bcss", raw, tmp_path)
     first.write_bytes(b"")
-    write_tile(raw, "val", "", "one more", noise(224))
+    write_tile(raw, "val", "", "one more", noise(224, 224, 3))
     with pytest.raises(ValueError, match="000.png"):  # from the start, since the list is another
         prepare("bcss", raw, tmp_path)
     first.write_bytes(whole[0]), bad.write_bytes(whole[1])

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, refused
+from conftest import SHARED, noise, refused
 from PIL import Image
 
 import data
@@ -31,10 +31,6 @@ from raw import MONUSEG_LATER, MONUSEG_TEST, READERS, read_monuseg, read_polygon
 
 SQUARE = [(100, 100), (400, 100), (400, 300), (100, 300)]
 LATER = MONUSEG_LATER[1]
-
-
-def noise(*shape, high=256):
-    return np.random.default_rng(0).integers(high, size=shape, dtype=np.uint8)
 
 
 def xml(*polygons):
@@ -697,10 +693,14 @@ def test_leaving_an_augmentation_out_leaves_the_draws_of_the_others():
 
 
 def test_what_a_seed_draws_is_what_it_drew_in_earlier_versions():
-    """Another draw is another run: then RECIPE_VERSION must be raised."""
+    """Another draw is another run: then RECIPE_VERSION must be raised.
+
+    Colours that were added since are left out, as they shift what is drawn after them.
+    """
     assert torch.randperm(11, generator=data.seeded_generator(0, 1)).tolist() == [
         1, 0, 10, 5, 9, 2, 8, 7, 3, 6, 4]
-    drawn = data.draw_augmentation(2, data.seeded_generator(0, 1, 0), windows=0.25, stain=0.25)
+    drawn = data.draw_augmentation(2, data.seeded_generator(0, 1, 0),
+                                   (*data.WARPS, "brightness"), windows=0.25, stain=0.25)
     assert {name: values.abs().sum().item() for name, values in drawn.items()} == pytest.approx({
         "matrix": 4.2759, "columns": 7.3437, "rows": 7.0700, "elastic": 11.6109,
         "brightness": 1.9783, "zoom": 0.9759, "stain": 5.9390}, abs=1e-3)

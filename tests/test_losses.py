@@ -12,11 +12,6 @@ from losses import (LOSSES, ONE_CLASS, RECIPE_VERSION, RECIPE_VERSIONS, RECIPES,
 from models import MODELS
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 ce_dice_loss = LOSSES["ce+dice"]
 
 

@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import refused
+from conftest import noise, refused
 from PIL import Image
 
 import data
@@ -17,10 +17,6 @@ import eval as evaluation
 import predict
 import raw
 import train
-
-
-def noise(*shape, high=256, seed=0):
-    return np.random.default_rng(seed).integers(high, size=shape, dtype=np.uint8)
 
 
 def write_set(folder, n=10, labels=(0, 255), size=(230, 300), name="image"):

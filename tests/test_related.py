@@ -3,6 +3,7 @@
 What holds for every entry of SKIPS and MODELS is claimed in test_models.py.
 """
 
+import socket
 import urllib.error
 
 import pytest
@@ -18,11 +19,6 @@ import train
 from models import MODELS, SKIPS, build_model, create_model
 from related import ASPP, ChannelAttention, FuseNeighbour, FusionUNetSkip, SqueezeExcite
 from utils import load_checkpoint
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +174,19 @@ def test_without_a_network_one_sentence_says_what_to_download(double, monkeypatc
     assert len(str(error.value).splitlines()) == 1
     for part in "no route to host", "vgg19-dcbb9e9d.pth", "--weights", "--no-pretrained":
         assert part in str(error.value)
+
+
+def test_a_server_that_never_answers_is_not_waited_for(double, tmp_path, monkeypatch):
+    download, limit = torch.hub.load_state_dict_from_url, socket.setdefaulttimeout
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: limit(seconds and 0.1))
+    with socket.create_server(("127.0.0.1", 0)) as server:  # accepts, and says nothing
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/vgg19-dcbb9e9d.pth"
+        monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **more: download(
+            address, tmp_path, **more))
+        with pytest.raises(FileNotFoundError, match="the download failed .*timed out"):
+            double.load_pretrained()
+    assert socket.getdefaulttimeout() is None
 
 
 def test_aspp_sees_the_mean_and_taps_that_are_6_12_and_18_pixels_apart():

@@ -500,10 +500,10 @@ def start_pair(start):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        folders = [{"folder": folder} for folder in folders] or [{}, {}]
-        pair = [start(out, *flags, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_PORT=port,
-                      MASTER_ADDR="127.0.0.1", **folders[int(rank)], **environment)
-                for rank in "01"]
+        nodes = [{"LOCAL_RANK": "0", "folder": folder} for folder in folders]
+        pair = [start(out, *flags, RANK=rank, WORLD_SIZE="2", MASTER_PORT=port,
+                      MASTER_ADDR="127.0.0.1", **where, **environment)
+                for rank, where in zip("01", nodes or [{"LOCAL_RANK": rank} for rank in "01"])]
         for process in pair:
             process.join(60)
         return pair
