@@ -9,7 +9,8 @@ classes, or keeps 6 classes while its regions grow. A cell is one network traine
 sets by train.py. What is compared, and what counts as a result, was written down before the first
 cell was trained: results/complexity/README.md. (LONGER is exploratory.) Start it again after an
 interruption: cells finished in runs/complexity are skipped (remove them if you change RECIPE), the
-others go on, and a cell that fails does not stop the rest.
+others go on, and a cell that fails does not stop the rest. Scores replace those in
+results/complexity, where a clone has ours.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def all_cells():
 
 
 def cell_name(data_set, skip, seed):
-    longer = "".join(f"-{passes}epochs" for passes in data_set[2:])
+    longer = f"-{data_set[2]}epochs" if len(data_set) > 2 else ""
     return f"{set_name(*data_set[:2])}-{skip}{longer}-seed{seed}"
 
 
@@ -99,7 +100,7 @@ def draw_set(k, grain):
 def train_cell(cell):
     """Train a cell, or go on with it, and copy its scores -> None, or how it failed."""
     (k, grain, *passes), skip, seed = cell
-    longer = ["--epochs", str(*passes)] if passes else []
+    longer = ["--epochs", str(passes[0])] if passes else []
     name = cell_name(*cell)
     scores, log = RUNS / name / "scores.json", RUNS / f"{name}.log"
     if not scores.exists():

@@ -136,7 +136,7 @@ def load(data, root, num_classes=1):
 def synthetic(n=100, num_classes=1):
     """Draw n tiles of the synthetic set, the same each time -> Tiles, as `load` returns them."""
     images, masks = map(torch.from_numpy, draw_tiles(n, num_classes))
-    rows = [(f"synthetic-{number:03}", 0, 0, "train") for number in range(n)]
+    rows = [(f"synthetic-{i:03}", 0, 0, "train") for i in range(n)]
     names = {"classes": [*NAMES[:num_classes]]} if num_classes > 1 else {}
     return Tiles(images, masks, rows, SETS["synthetic"] | names, [(0, 0)] * n)
 
@@ -259,8 +259,8 @@ def whole_images(data, tiles, indices):
     return wholes
 
 
-def cut(tiles, whole, top, left, height, width):
-    """Cut a piece out of a whole image -> image (height, width, 3), mask (height, width), uint8.
+def crop(tiles, whole, top, left, height, width):
+    """Crop a whole image -> image (height, width, 3), mask (height, width), uint8.
 
     All in pixels; `top` and `left` may be negative. Beyond the border the image continues mirrored,
     as in `augment`.
@@ -312,7 +312,7 @@ def read_windows(tiles, wholes, indices, positions, scale):
         whole = wholes[tiles.rows[index][0]]
         top, left = (round(share * (size - TILE)) - (side - TILE) // 2
                      for share, size in zip(position, whole.size))
-        pieces.append(cut(tiles, whole, top, left, side, side))
+        pieces.append(crop(tiles, whole, top, left, side, side))
     return [torch.stack(arrays) for arrays in zip(*pieces)]
 
 
@@ -352,7 +352,8 @@ def train_batches(tiles, indices, batch_size, seed, first_step, last_step, devic
     `whole_images`), at a scale that varies by up to exp(+-windows). `stain` is how much stains
     vary. 0 leaves either out.
     """
-    names = {"all": [*WARPS, *COLOURS], "none": []}.get(augmentations, augmentations.split())
+    # "none" is the name of no augmentation.
+    names = [*WARPS, *COLOURS] if augmentations == "all" else augmentations.split()
     num_steps = len(indices) // batch_size  # in an epoch
     # From pinned memory CUDA copies without waiting.
     pin = torch.device(device).type == "cuda" and not tiles.images.is_cuda

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import nn
 
 import related  # noqa: F401, its skips and networks join SKIPS and MODELS
-from data import (cut, fingerprint, get_batch, load, normalize, set_of, split_tiles,
+from data import (crop, fingerprint, get_batch, load, normalize, set_of, split_tiles,
                   whole_images)
 from losses import loss_for
 from models import build_model
@@ -85,13 +85,11 @@ def compute_metrics(confusions, ignore=()):
         return {name: ratio[..., scored] for name, ratio in ratios.items()}, true[..., scored]
 
     tiles, pixels = divide(counts)
-    present = pixels > 0
-    shown = present.any(dim=1)  # tiles that hold a scored class; the others are left out
-    per_tile = {name: (tiles[name].where(present, torch.tensor(0.0)).sum(1) / present.sum(1))
-                for name in ("iou", "f1")}
+    per_tile = {name: tiles[name].where(pixels > 0, torch.nan).nanmean(dim=1)
+                for name in ("iou", "f1")}  # nan: a tile without any scored class
     whole, pixels = divide(counts.sum(dim=0))
     return {
-        "per_tile": {name: nan_to_none(values[shown].mean()) for name, values in per_tile.items()},
+        "per_tile": {name: nan_to_none(values.nanmean()) for name, values in per_tile.items()},
         "global": {name: nan_to_none(whole[name].nanmean()) for name in ("iou", "f1")},
         "classes": [{"label": label, "pixels": int(pixels[i]),
                      **{name: nan_to_none(values[i]) for name, values in whole.items()}}
@@ -142,7 +140,7 @@ def evaluate_whole(model, tiles, wholes, num_classes, device, tta):
     model.eval()
     confusions = []
     for whole in wholes.values():
-        image, mask = cut(tiles, whole, 0, 0, *whole.size)
+        image, mask = crop(tiles, whole, 0, 0, *whole.size)
         bands = predict_bands(model, Image.fromarray(image.cpu().numpy()), num_classes, device,
                               tta=tta)
         probs = torch.cat([band.clone() for band in bands], dim=1)[None]
@@ -171,14 +169,13 @@ def metrics_table(metrics, names):
 # The command
 
 
-def open_data(checkpoint, path, data_root, data=None):
+def open_data(checkpoint, path, data_root, data):
     """The tiles that a network was trained on, and the split -> Tiles, {part: indices}.
 
-    `data_root` defaults to where training found the tiles, `data` to the set that was trained on;
-    it may be another set of the same tiles. Raises ValueError if tiles, classes or scale differ.
+    `data` may be another set of the same tiles. `data_root` defaults to where training found them.
+    Raises ValueError if tiles, classes or scale differ.
     """
     args, root = checkpoint["args"], data_root or checkpoint.get("data_root", "data")
-    data = data or args["data"]
     tiles = load(data, root, checkpoint["num_classes"])
     parts = split_tiles(data, tiles.rows, args["split"])
     if checkpoint["split"] != fingerprint(tiles.rows, parts):
@@ -263,7 +260,8 @@ def figure(checkpoints, results, options):
     ValueError for a tile that is not among the test tiles.
     """
     path, checkpoint = next(iter(checkpoints.items()))
-    tiles, parts = open_data(checkpoint, path, options.data_root, options.data)
+    data = options.data or checkpoint["args"]["data"]
+    tiles, parts = open_data(checkpoint, path, options.data_root, data)
     test = parts["test"]
     names = ["{}/{}/{}".format(*tiles.rows[i][:3]) for i in test]
     unknown = [name for name in options.tiles or [] if name not in names]
@@ -275,7 +273,8 @@ def figure(checkpoints, results, options):
         chosen = [names.index(name) for name in options.tiles]
     else:
         order = sorted(range(len(test)), key=lambda k: sum(scores[k] or 0.0 for scores in ious))
-        chosen = [order[k] for k in sorted({round(i * (len(order) - 1) / 4) for i in range(5)})]
+        spread = np.unique(np.linspace(0, len(order) - 1, 5).round().astype(int))
+        chosen = [order[k] for k in spread]
     images, _ = get_batch(tiles, test[chosen], "cpu")
     predictions = []
     for path, checkpoint in checkpoints.items():
@@ -284,11 +283,11 @@ def figure(checkpoints, results, options):
             labels = logits_to_labels(model(normalize(images)))
         predictions.append(labels.numpy().astype(np.uint8))
     rows = []
-    for n, k in enumerate(chosen):
+    for k, *labels in zip(chosen, *predictions):
         captions = ["IoU -" if scores[k] is None else f"IoU {100 * scores[k]:.1f}"
                     for scores in ious]
         rows.append((names[k], tiles.images[test[k]].numpy(), tiles.masks[test[k]].numpy(),
-                     [prediction[n] for prediction in predictions], captions))
+                     labels, captions))
     return draw_figure(titles(results), rows, tiles.info["classes"]), len(chosen)
 
 
@@ -352,8 +351,8 @@ def main(args):
         if args.whole and checkpoint["args"]["split"] == "tile":
             raise ValueError(f"{path}: was trained with --split tile and has seen parts of all "
                              "images: --whole is for --split image or official")
-    logs = {str(path.parent): [read_log(path.with_name("log.csv"))]
-            for path in checkpoints if args.curves}
+    if args.curves:
+        logs = {str(path.parent): [read_log(path.with_name("log.csv"))] for path in checkpoints}
 
     # Score.
     if args.ensemble:

@@ -81,13 +81,13 @@ class FusionSkip(nn.Module):
 
     def forward(self, features):
         fused = []
-        for i, (match, conv) in enumerate(zip(self.match, self.convs)):
-            size, total = features[i].shape[2:], features[i]
-            for j, x in enumerate(features):
+        for i, (x_i, match, conv) in enumerate(zip(features, self.match, self.convs)):
+            total = x_i
+            for j, x_j in enumerate(features):
                 if j < i:  # finer
-                    total = total + match[j](resize(x, size))
+                    total = total + match[j](resize(x_j, x_i.shape[2:]))
                 elif j > i:  # coarser
-                    total = total + resize(match[j](x), size)
+                    total = total + resize(match[j](x_j), x_i.shape[2:])
             fused.append(conv(total))
         return fused
 

@@ -10,7 +10,7 @@ import statistics
 import textwrap
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 # One colour per label. Any two of them differ by at least 17 (CIE76) for normal, protanopic,
 # deuteranopic and tritanopic eyes alike; the first, which are the commonest labels, by far more.
@@ -76,10 +76,10 @@ def draw_axes(draw, font, left, heading, label, ticks, zero="#dddddd"):
     return y_of
 
 
-def draw_legend(draw, font, top, names):
-    """Draw a line of each colour with its name, one below the other."""
+def draw_legend(draw, font, names):
+    """Draw a line of each colour with its name, one below the other, under the panels."""
     for i, (name, colour) in enumerate(zip(names, itertools.cycle(LINE_COLOURS))):
-        y = top + 24 * i
+        y = 460 + 24 * i
         draw.line((70, y, 110, y), colour, 3)
         draw.text((120, y), name, "black", font, anchor="lm")
 
@@ -99,7 +99,8 @@ def draw_curves(runs):
     def values_of(key):
         return [row[key] for logs in runs.values() for log in logs for row in log]
 
-    ious, every = values_of("val_iou_per_tile"), math.ceil(epochs / 10)
+    ious = values_of("val_iou_per_tile")
+    every = math.ceil(epochs / 10)  # epochs between two labels
     panels = [("loss: training thin, validation thick", {"train_loss": 1, "val_loss": 3},
                round_ticks(0, max(*values_of("train_loss"), *values_of("val_loss"), 1e-9))),
               ("validation IoU, per tile", {"val_iou_per_tile": 3},
@@ -128,7 +129,7 @@ def draw_curves(runs):
             if epochs <= 20:
                 for x, y in points:
                     draw.ellipse((x - width, y - width, x + width, y + width), colour)
-    draw_legend(draw, font, 460, runs)
+    draw_legend(draw, font, runs)
     return picture
 
 
@@ -149,7 +150,7 @@ def draw_error_bars(heading, panels):
                        for at, values in line.items() if values] for name, line in lines.items()}
         ends = [mean + sign * error for line in bars.values() for _, mean, error in line
                 for sign in (-1, 1)]
-        ticks, places = round_ticks(min([-1, *ends]), max([1, *ends])), [*lines[names[0]]]
+        places, ticks = [*lines[names[0]]], round_ticks(min([-1, *ends]), max([1, *ends]))
         y_of = draw_axes(draw, font, left, heading, title, ticks, zero="black")
 
         def x_of(at):
@@ -164,7 +165,7 @@ def draw_error_bars(heading, panels):
                 x, y = x_of(at) + aside, y_of(mean)
                 draw.line((x, y_of(mean - error), x, y_of(mean + error)), colour, 2)
                 draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
-    draw_legend(draw, font, 470, names)
+    draw_legend(draw, font, names)
     return picture
 
 
@@ -191,19 +192,11 @@ def draw_figure(titles, rows, names):
     """
     font, side = ImageFont.load_default(size=14), len(rows[0][2])
     cell, line = side + 10, 22
-    if len(names) == 1:
-        legend = [(f"{names[0]}, found", FOUND), ("missed", MISSED), ("false alarm", FALSE_ALARM)]
-    else:
-        shown = np.unique([[mask, *predictions] for _, _, mask, predictions, _ in rows])
-        legend = [(names[label], tuple(PALETTE[label].tolist())) for label in shown]
-    width = (len(titles) + 2) * cell + 10
-    per_line = max(1, width // 190)
     titles = ["\n".join(part for words in title.splitlines() for part in textwrap.wrap(words, 28))
               for title in ["image", "ground truth", *titles]]
     head = 22 + 18 * max(title.count("\n") + 1 for title in titles)
-    bottom = head + (cell + line) * len(rows)
-    picture = Image.new("RGB", (width, bottom + line * math.ceil(len(legend) / per_line) + 10),
-                        "white")
+    size = len(titles) * cell + 10, head + (cell + line) * len(rows)
+    picture = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(picture)
     for column, title in enumerate(titles):
         draw.text((10 + cell * column + side / 2, head / 2), title, "black", font, anchor="mm",
@@ -214,17 +207,24 @@ def draw_figure(titles, rows, names):
         for column, (panel, text) in enumerate(zip(panels, [caption, "", *captions])):
             picture.paste(Image.fromarray(panel), (10 + cell * column, y))
             draw.text((10 + cell * column, y + side + 4), text, "black", font)
-    draw_label_legend(draw, legend, bottom, per_line)
-    return picture
+    if len(names) == 1:
+        return add_legend(picture, [(f"{names[0]}, found", FOUND), ("missed", MISSED),
+                                    ("false alarm", FALSE_ALARM)])
+    shown = np.unique([[mask, *predictions] for _, _, mask, predictions, _ in rows])
+    return add_legend(picture, [(names[label], PALETTE[label]) for label in shown])
 
 
-def draw_label_legend(draw, legend, top, per_line):
-    """Draw a square of each colour with its name, `per_line` of them in a line of 22 pixels."""
-    font = ImageFont.load_default(size=14)
+def add_legend(picture, legend):
+    """A picture, and below it a square of each colour with its name, as many in a line as fit."""
+    per_line = max(1, picture.width // 190)
+    height = 22 * math.ceil(len(legend) / per_line)
+    extended = ImageOps.expand(picture, (0, 0, 0, height), "white")
+    draw, font = ImageDraw.Draw(extended), ImageFont.load_default(size=14)
     for i, (name, colour) in enumerate(legend):
-        x, y = 10 + 190 * (i % per_line), top + 22 * (i // per_line)
-        draw.rectangle((x, y, x + 14, y + 14), colour, "black")
+        x, y = 10 + 190 * (i % per_line), picture.height + 22 * (i // per_line)
+        draw.rectangle((x, y, x + 14, y + 14), tuple(map(int, colour)), "black")
         draw.text((x + 20, y - 1), name, "black", font)
+    return extended
 
 
 def draw_preview(rows, names):
@@ -233,19 +233,16 @@ def draw_preview(rows, names):
     rows: pairs of images (n, H, W, 3) and masks (n, H, W), uint8; one pair fills one row. names: of
     the classes. What has the label 0 has no outline.
     """
-    colours, legend = palette_for(len(names)), []
-    if len(names) > 1:
-        shown = np.unique([masks for _, masks in rows])
-        legend = [(names[label], tuple(PALETTE[label].tolist())) for label in shown if label]
+    colours = palette_for(len(names))
     n, height, width = rows[0][1].shape
     height, width = height + 4, width + 4  # with a gap between tiles
-    per_line, bottom = max(1, n * width // 190), len(rows) * height
-    picture = Image.new("RGB", (n * width, bottom + 22 * math.ceil(len(legend) / per_line)),
-                        "white")
+    picture = Image.new("RGB", (n * width, len(rows) * height), "white")
     for row, (images, masks) in enumerate(rows):
         for column, (image, mask) in enumerate(zip(images, masks)):
             border = outline(mask, 1 if len(names) == 1 else 3)
             tile = np.where(border[..., None], colours[mask], image)
             picture.paste(Image.fromarray(tile), (column * width, row * height))
-    draw_label_legend(ImageDraw.Draw(picture), legend, bottom, per_line)
-    return picture
+    if len(names) == 1:
+        return picture
+    shown = np.unique([masks for _, masks in rows])
+    return add_legend(picture, [(names[label], PALETTE[label]) for label in shown if label])

@@ -71,7 +71,8 @@ def read_rgb(path):
     except OSError as error:
         raise ValueError(error) from None
     if image.mode[0] in "IF":  # grey levels of 16-bit files, and floating-point ones from 0 to 1
-        white, image = 1 if image.mode == "F" else 65535, image.convert("F")
+        white = 1 if image.mode == "F" else 65535
+        image = image.convert("F")
         low, high = np.min(image), np.max(image)  # NaN if one is, which Pillow would pass over
         if not 0 <= low <= high <= white:
             raise ValueError(f"{path}: holds values from {low:g} to {high:g}, not from 0 to "

@@ -228,10 +228,7 @@ def read_monuseg(image_path, mask_path, raster="paper"):
         check_size(image_path, image, mask_path, mask)
         if raster == "exact":
             mask = Image.fromarray(resize_thinner(np.asarray(mask), side))
-    image = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
-    mask = np.asarray(mask.resize((side, side), Image.Resampling.NEAREST))
-    return (image.reshape(4, TILE, 4, TILE, 3).swapaxes(1, 2).reshape(16, TILE, TILE, 3),
-            mask.reshape(4, TILE, 4, TILE).swapaxes(1, 2).reshape(16, TILE, TILE))
+    return cut_into_tiles(*resize_pair(image, mask, (side, side)))
 
 
 def read_bcss(image_path, mask_path, size, num_classes):
@@ -248,10 +245,7 @@ def read_bcss(image_path, mask_path, size, num_classes):
     if highest >= num_classes:
         raise ValueError(f"{mask_path}: holds the label {highest}, but the {num_classes} classes "
                          f"are 0 to {num_classes - 1}: store class indices, not grey levels")
-    if size != TILE:
-        image = image.resize((TILE, TILE), Image.Resampling.BILINEAR)
-        mask = mask.resize((TILE, TILE), Image.Resampling.NEAREST)
-    return np.asarray(image), np.asarray(mask)
+    return resize_pair(image, mask, (TILE, TILE))
 
 
 def read_labels(path):
@@ -284,14 +278,7 @@ def read_own(image_path, mask_path, scale, is_binary):
     check_size(image_path, image, mask_path, mask)
     if is_binary:
         mask = mask.point(lambda value: value > 0)
-    if scale != 1:
-        size = scaled_size(image.size, scale)
-        image = image.resize(size, Image.Resampling.BILINEAR)
-        mask = mask.resize(size, Image.Resampling.NEAREST)
-    image, mask = np.asarray(image), np.asarray(mask)
-    places = [(y, x) for y in tile_starts(len(mask)) for x in tile_starts(mask.shape[1])]
-    return tuple(np.stack([array[y:y + TILE, x:x + TILE] for y, x in places])
-                 for array in (image, mask))
+    return cut_into_tiles(*resize_pair(image, mask, scaled_size(image.size, scale)))
 
 
 def scaled_size(size, scale):
@@ -302,6 +289,19 @@ def scaled_size(size, scale):
 def tile_starts(length):
     """Starts of the tiles that cover `length` pixels, 224 or more; the last ends at the border."""
     return [min(start, length - TILE) for start in range(0, length, TILE)]
+
+
+def cut_into_tiles(image, mask):
+    """Arrays of one image and its mask -> their tiles, (n, 224, 224, 3) and (n, 224, 224)."""
+    places = [(y, x) for y in tile_starts(len(mask)) for x in tile_starts(mask.shape[1])]
+    return tuple(np.stack([array[y:y + TILE, x:x + TILE] for y, x in places])
+                 for array in (image, mask))
+
+
+def resize_pair(image, mask, size):
+    """Resize PIL images to (width, height), a mask by nearest neighbour -> arrays."""
+    return (np.asarray(image.resize(size, Image.Resampling.BILINEAR)),
+            np.asarray(mask.resize(size, Image.Resampling.NEAREST)))
 
 
 def check_size(image_path, image, mask_path, mask):
@@ -460,8 +460,9 @@ def find_own(folders, classes=None, scale=1.0):
                                         for row, top in enumerate(tile_starts(height))
                                         for column, left in enumerate(tile_starts(width))]))
     index_by_stem(images)  # no two of one name, in whatever parts
-    return items, {"classes": own_classes([mask for _, mask, _ in items], classes), "scale": scale,
-                   "split": "official" if parts else "image"}
+    names = own_classes([mask for _, mask, _ in items], classes)
+    return items, {"classes": names, "scale": scale, "split": "official" if parts else "image",
+                   "recipe": "monuseg" if len(names) == 1 else "bcss"}
 
 
 def own_classes(masks, names):
@@ -502,7 +503,7 @@ def own_classes(masks, names):
 READERS = {
     "monuseg": (find_monuseg, read_monuseg),
     "monuseg-exact": (partial(find_monuseg, raster="exact"), partial(read_monuseg, raster="exact")),
-    "bcss": (partial(find_bcss, suffix=""), partial(read_bcss, size=224, num_classes=3)),
+    "bcss": (partial(find_bcss, suffix=""), partial(read_bcss, size=TILE, num_classes=3)),
     "bcss512": (partial(find_bcss, suffix="_512"), partial(read_bcss, size=512, num_classes=22)),
 }
 
@@ -532,7 +533,6 @@ def prepare(data, folders, root, **options):
         items, info = find(folders, **options), SETS[data]
     else:
         items, info = find_own(folders, **options)
-        info["recipe"] = "monuseg" if len(info["classes"]) == 1 else "bcss"
         read = partial(read_own, scale=info["scale"], is_binary=len(info["classes"]) == 1)
     if not items:
         raise ValueError(f"{folders[0]}: holds no image of {data}: give the folder of the unpacked "

@@ -49,14 +49,14 @@ PAPER_HOURS = {  # 3.2, to train one network on an NVIDIA 3070
 # -----------------------------------------------------------------------------
 # Runs. A result is the content of one scores.json, see SCORES.
 
-AVERAGE = {"iou": float | None, "f1": float | None}  # None: no test tile shows any class
+IOU_F1 = {"iou": float | None, "f1": float | None}  # None: no test tile shows any class
 SCORES = {"args": ARGS, "recipe_version": int, "weights": str, "log": LOG, "seconds": [float],
           "epoch": int, "images": [str], "tiles": [float | None], "torch": str, "device": str,
-          "processes": int, "per_tile": AVERAGE, "global": AVERAGE}
+          "processes": int, "per_tile": IOU_F1, "global": IOU_F1}
 KNOWN = {"recipe": RECIPES, "split": SPLITS, "model": MODELS, "skip": SKIPS}
 # What `eval.py --whole --json` writes, of each network.
 WHOLE = {"args": ARGS, "recipe_version": int, "weights": str, "data": str, "tta": bool,
-         "global": AVERAGE, "whole": AVERAGE, "images": {str: float | None}}
+         "global": IOU_F1, "whole": IOU_F1, "images": {str: float | None}}
 
 
 def read_json(path):
@@ -72,41 +72,33 @@ def read_results(paths):
     runs, wholes = [], []
     for path in paths:
         content = read_json(path)
-        if not isinstance(content, list):
-            runs.append(check_scores(content, path))
-            continue
-        for result in content:
-            if wrong := unknown_part(result, WHOLE):
-                raise ValueError(f"{path}: not the scores.json of a run, nor what eval.py --whole "
-                                 f"--json writes ({wrong} missing or not as it should be)")
-        wholes += content
+        if isinstance(content, list):
+            wholes += [check(result, WHOLE, path) for result in content]
+        else:
+            runs.append(check(content, SCORES, path))
     return runs, wholes
-
-
-def unknown_part(result, schema):
-    """Name the first part of a result that is not as `schema` says, or not known here; or None."""
-    if wrong := first_mismatch(result, schema):
-        return wrong
-    args = {"recipe": result["args"]["data"]} | result["args"]
-    return next((name for name, known in KNOWN.items() if args[name] not in known), None)
 
 
 def read_scores(path):
     """Read a scores.json -> result; ValueError if the file is not one."""
-    return check_scores(read_json(path), path)
+    return check(read_json(path), SCORES, path)
 
 
-def check_scores(result, path):
-    """Return a scores.json's content unchanged; ValueError naming its path if it is not one."""
-    wrong = unknown_part(result, SCORES)
+def check(result, schema, path):
+    """Return a result; ValueError if a part of it is not as `schema` says, or not known here."""
+    wrong = first_mismatch(result, schema)
     if not wrong:
-        sound = {"data": SET_NAME.fullmatch(result["args"]["data"]),
-                 "log": 0 < len(result["log"]) == len(result["seconds"]),
-                 "tiles": len(result["tiles"]) == len(result["images"])}
+        args = {"recipe": result["args"]["data"]} | result["args"]  # older runs name no recipe
+        sound = {name: args[name] in known for name, known in KNOWN.items()}
+        sound["data"] = SET_NAME.fullmatch(args["data"])
+        if schema is SCORES:
+            sound["log"] = 0 < len(result["log"]) == len(result["seconds"])
+            sound["tiles"] = len(result["tiles"]) == len(result["images"])
         wrong = next((name for name in sound if not sound[name]), None)
     if wrong:
-        raise ValueError(f"{path}: not the scores.json of a run ({wrong} missing or not as it "
-                         "should be): train.py writes one at the end of a run")
+        raise ValueError(f"{path}: not the scores.json of a run, which train.py writes at its end, "
+                         f"nor what eval.py --whole --json writes ({wrong} missing or not as it "
+                         "should be)")
     return result
 
 
@@ -190,12 +182,13 @@ def table_2(results):
     """
     averages = [average for average in AVERAGES if all(average in one for one in results)]
     titles = [f"{metric} {AVERAGES[average]}" for average in averages for metric in ("mIoU", "F1")]
-    rows, order = {}, [*SKIPS]
+    rows = {}
+    results = sorted(results, key=lambda result: [*SKIPS].index(result["args"]["skip"]))
     groups = group_by(results, lambda result: (
         result["args"]["data"], result["args"]["split"],
         result.get("data", result["args"]["data"]), label(result), result["args"]["skip"]))
-    for (data, split, scored_on, name, skip), group in sorted(
-            groups.items(), key=lambda item: (*item[0][:4], order.index(item[0][4]))):
+    for (data, split, scored_on, name, skip), group in sorted(groups.items(),
+                                                              key=lambda item: item[0][:4]):
         seeds = [result["args"]["seed"] for result in group]
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"two runs of {data}, {split}, {name}, {skip} have one seed, of "
@@ -413,7 +406,7 @@ def whole_image_dice(results):
         tiles = {} if result["tta"] else {f"{result['data']}, tiles": result["global"]["f1"]}
         return tiles | {whole: result["whole"]["f1"]}
 
-    rows, results = [], [result for result in results if "whole" in result]
+    results, rows = [result for result in results if "whole" in result], []
     columns = [*dict.fromkeys(title for result in results for title in dice(result))]
     for (trained, name, skip, networks), group in group_by(results, row).items():
         runs, cells = len({result["args"]["seed"] for result in group}), []

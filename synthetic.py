@@ -40,49 +40,54 @@ def photograph(rng, density, blur):
 # One class. Stain strength varies between and within tiles, and blue haze is no nucleus.
 
 
+def smooth(rng, rows, columns=None):
+    """Noise, about 0..1: random values on a coarse grid, enlarged -> (224, 224)."""
+    coarse = Image.fromarray(rng.random((rows, columns or rows), dtype=np.float32))
+    return np.asarray(coarse.resize((TILE, TILE), Image.Resampling.BICUBIC))
+
+
+def blobs(rng, number, radii, densities, clustered=0.0):
+    """Bumpy ellipses -> mode L image, each of one density x 100; a share of them is `clustered`."""
+    picture, centres = Image.new("L", (TILE, TILE)), []
+    for _ in range(number):
+        radius, centre = rng.uniform(*radii), rng.uniform(0, TILE, 2)
+        tilt, phase, angle = rng.uniform(0, 2 * np.pi, 3)
+        if centres and rng.random() < clustered:  # touch or overlap an earlier one
+            step = 1.6 * radius * np.array((np.cos(angle), np.sin(angle)))
+            centre = centres[rng.integers(len(centres))] + step
+        centres.append(centre)
+        t = np.linspace(0, 2 * np.pi, 24)
+        bumps = radius * (1 + rng.uniform(0, 0.12) * np.cos(3 * t + phase))
+        u = rng.uniform(0.9, 1.3) * bumps * np.cos(t)
+        v = rng.uniform(0.6, 0.9) * bumps * np.sin(t)
+        points = np.stack((u * np.cos(tilt) - v * np.sin(tilt),
+                           u * np.sin(tilt) + v * np.cos(tilt)), axis=1) + centre
+        ImageDraw.Draw(picture).polygon([tuple(point) for point in points],
+                                        fill=int(100 * rng.uniform(*densities)))
+    return picture
+
+
 def nuclei_tile(rng):
     """One tile -> image (224, 224, 3) and nucleus mask (224, 224), uint8."""
-    def smooth(rows, columns=None):  # noise, about 0..1: random values on a coarse grid, enlarged
-        coarse = Image.fromarray(rng.random((rows, columns or rows), dtype=np.float32))
-        return np.asarray(coarse.resize((TILE, TILE), Image.Resampling.BICUBIC))
-
-    def blobs(number, radii, densities, clustered=0.0):  # bumpy ellipses, each of one density x 100
-        picture, centres = Image.new("L", (TILE, TILE)), []
-        for _ in range(number):
-            radius, centre = rng.uniform(*radii), rng.uniform(0, TILE, 2)
-            tilt, phase, angle = rng.uniform(0, 2 * np.pi, 3)
-            if centres and rng.random() < clustered:  # touch or overlap an earlier one
-                step = 1.6 * radius * np.array((np.cos(angle), np.sin(angle)))
-                centre = centres[rng.integers(len(centres))] + step
-            centres.append(centre)
-            t = np.linspace(0, 2 * np.pi, 24)
-            bumps = radius * (1 + rng.uniform(0, 0.12) * np.cos(3 * t + phase))
-            u = rng.uniform(0.9, 1.3) * bumps * np.cos(t)
-            v = rng.uniform(0.6, 0.9) * bumps * np.sin(t)
-            points = np.stack((u * np.cos(tilt) - v * np.sin(tilt),
-                               u * np.sin(tilt) + v * np.cos(tilt)), axis=1) + centre
-            ImageDraw.Draw(picture).polygon([tuple(point) for point in points],
-                                            fill=int(100 * rng.uniform(*densities)))
-        return picture
-
     # Densities of the two stains: pink stroma with fibres, bluish haze.
-    fibres = Image.fromarray(smooth(70, 6)).rotate(rng.uniform(0, 180), Image.Resampling.BILINEAR)
+    fibres = Image.fromarray(smooth(rng, 70, 6))
+    fibres = fibres.rotate(rng.uniform(0, 180), Image.Resampling.BILINEAR)
     fibres = fibres.crop((33, 33, 191, 191)).resize((TILE, TILE))  # without the rotated corners
-    eosin = 0.15 + 0.35 * smooth(7) + 0.35 * np.asarray(fibres) + 0.1 * smooth(80)
-    haze = rng.uniform(0.3, 1.0) * (1.6 * smooth(6) - 0.7).clip(0, 1)
-    hematoxylin = 0.08 + haze + 0.1 * smooth(50)
+    eosin = 0.15 + 0.35 * smooth(rng, 7) + 0.35 * np.asarray(fibres) + 0.1 * smooth(rng, 80)
+    haze = rng.uniform(0.3, 1.0) * (1.6 * smooth(rng, 6) - 0.7).clip(0, 1)
+    hematoxylin = 0.08 + haze + 0.1 * smooth(rng, 50)
 
     # Distractors: pale vacuoles, red cells, blurred smudges of the nuclei's own blue.
-    hole = 1 - np.asarray(blobs(rng.integers(2, 8), (6, 16), (0.8, 0.9))) / 100
-    red = np.asarray(blobs(rng.integers(3, 12), (5, 8), (0.4, 1.0))) / 100
-    smudge = blobs(6, (8, 18), (0.5, 1.5)).filter(ImageFilter.GaussianBlur(6))
+    hole = 1 - np.asarray(blobs(rng, rng.integers(2, 8), (6, 16), (0.8, 0.9))) / 100
+    red = np.asarray(blobs(rng, rng.integers(3, 12), (5, 8), (0.4, 1.0))) / 100
+    smudge = blobs(rng, 6, (8, 18), (0.5, 1.5)).filter(ImageFilter.GaussianBlur(6))
     eosin = eosin * hole + red
     hematoxylin = hematoxylin * hole + np.asarray(smudge) / 100
 
     # Nuclei of varied size and stain, granular; about half of them touch or overlap another.
-    nuclei = np.asarray(blobs(rng.integers(30, 60), (5, 12), (0.35, 1.1), clustered=0.5)) / 100
+    nuclei = np.asarray(blobs(rng, rng.integers(30, 60), (5, 12), (0.35, 1.1), clustered=0.5)) / 100
     mask = nuclei > 0
-    chromatin = 0.6 + 0.8 * smooth(75)
+    chromatin = 0.6 + 0.8 * smooth(rng, 75)
     hematoxylin = np.where(mask, nuclei * chromatin + 0.3 * hematoxylin, hematoxylin)
 
     density = (rng.uniform(0.7, 1.3) * hematoxylin[..., None] * HEMATOXYLIN

@@ -240,7 +240,7 @@ def main(args):
         scaler.update()
         optimizer.zero_grad()
         if args.ema:
-            update_average(scored, raw_model, step, args.ema)
+            update_ema(scored, raw_model, step, args.ema)
         losses[batch_index] = loss.detach() / world_size
         if world_size > 1:
             dist.all_reduce(losses[batch_index])  # the sum: the mean over the whole batch
@@ -280,23 +280,6 @@ def main(args):
     metrics = test(args, run, tiles, parts["test"], loss_fn, device, rank, world_size)
     leave_processes()
     return metrics["per_tile"]["iou"]
-
-
-def finished_scores(folder, log):
-    """Read the scores of a finished run -> dict.
-
-    None if there are none, or if they were written before the run was lengthened.
-    """
-    path = folder / "scores.json"
-    scores = read_scores(path) if path.exists() else None
-    return scores if scores and scores["log"] == log else None
-
-
-def print_start(args, model, weights, parts, device):
-    print(f"{args.model}, {args.skip} skip, {sum(p.numel() for p in model.parameters()):,} "
-          f"parameters, {weights}, on {device.type}")
-    sizes = ", ".join(f"{len(indices)} {part}" for part, indices in parts.items())
-    print(f"{args.data}: {sizes} tiles; writing {args.out}")
 
 
 def load_data(args, device, world_size):
@@ -373,14 +356,14 @@ def build_training(args, num_classes, device):
 
 
 @torch.no_grad()
-def update_average(average, model, step, decay):
-    """Move `average`, a copy of the network, a little towards `model`, as it is after this step.
+def update_ema(ema, model, step, decay):
+    """Move `ema`, a copy of the network, a little towards `model`, as it is after this step.
 
     `step` counts from 0; `decay`, 0..1, is the share of the average that stays. It is smaller at
     first, as early weights are not worth remembering. BatchNorm's statistics are averaged, too.
     """
     decay = min(decay, (step + 1) / (step + 10))
-    for mean, value in zip(average.state_dict().values(), model.state_dict().values()):
+    for mean, value in zip(ema.state_dict().values(), model.state_dict().values()):
         if mean.is_floating_point():
             mean.lerp_(value, 1 - decay)
         else:  # BatchNorm's count of batches
@@ -419,10 +402,13 @@ def start_or_resume(args, run, model, scored, optimizer, scaler):
     checkpoint = on_rank_0(read_last, args.out / "last.pt", run, optimizer)
     if checkpoint:
         started = checkpoint["weights"]
-        asked = ("from scratch" if args.no_pretrained else
-                 f"encoder weights from {args.weights}" if args.weights else
-                 "pretrained" if MODELS[args.model].pretrained and started == "from scratch" else
-                 started)
+        asked = started  # where no flag says otherwise
+        if args.no_pretrained:
+            asked = "from scratch"
+        elif args.weights:
+            asked = f"encoder weights from {args.weights}"
+        elif MODELS[args.model].pretrained and started == "from scratch":
+            asked = "pretrained"
         if asked != started:
             raise ValueError(f"{args.out / 'last.pt'}: started with {started}, not {asked}: give "
                              "the same, or another --out")
@@ -497,6 +483,16 @@ def read_last(path, run, optimizer):
     return checkpoint
 
 
+def finished_scores(folder, log):
+    """Read the scores of a finished run -> dict.
+
+    None if there are none, or if they were written before the run was lengthened.
+    """
+    path = folder / "scores.json"
+    scores = read_scores(path) if path.exists() else None
+    return scores if scores and scores["log"] == log else None
+
+
 def wrap(model, compiled, device, world_size):
     """The network as it is trained, for several processes and compiled where asked for."""
     if world_size > 1:
@@ -504,6 +500,13 @@ def wrap(model, compiled, device, world_size):
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         model = nn.parallel.DistributedDataParallel(model)
     return torch.compile(model) if compiled else model
+
+
+def print_start(args, model, weights, parts, device):
+    print(f"{args.model}, {args.skip} skip, {sum(p.numel() for p in model.parameters()):,} "
+          f"parameters, {weights}, on {device.type}")
+    sizes = ", ".join(f"{len(indices)} {part}" for part, indices in parts.items())
+    print(f"{args.data}: {sizes} tiles; writing {args.out}")
 
 
 def validate(args, epoch, model, tiles, indices, loss_fn, device, rank, world_size):

@@ -91,9 +91,11 @@ def first_mismatch(value, schema, name="content"):
     A schema is a type, [schema] for a list of any length, {name: schema} for a dict that holds at
     least these names, or {type: schema} for a dict of any names of that type. Floats are finite.
     """
-    if isinstance(schema, dict):
-        if not isinstance(value, dict):
-            return name
+    if isinstance(schema, (dict, list)) and not isinstance(value, type(schema)):
+        return name
+    if isinstance(schema, list):
+        parts = [(item, schema[0], name) for item in value]
+    elif isinstance(schema, dict):
         kind, part = next(iter(schema.items()))
         if isinstance(kind, type):  # names of one type, all with parts of one schema
             parts = [pair for key, item in value.items()
@@ -102,10 +104,6 @@ def first_mismatch(value, schema, name="content"):
             if missing := next((key for key in schema if key not in value), None):
                 return missing
             parts = [(value[key], part, key) for key, part in schema.items()]
-    elif isinstance(schema, list):
-        if not isinstance(value, list):
-            return name
-        parts = [(item, schema[0], name) for item in value]
     else:
         infinite = isinstance(value, float) and not math.isfinite(value)
         return name if infinite or not isinstance(value, schema) else None
@@ -216,7 +214,8 @@ def fill_in(words):
 
 def run_cli(main, parse_args, after_interrupt="nothing unfinished was kept"):
     """Run a script. Bad input and lack of memory end it with one line and exit status 2."""
-    name, is_first = Path(sys.argv[0]).name, int(os.environ.get("LOCAL_RANK", 0)) == 0
+    name = Path(sys.argv[0]).name
+    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0  # of this node's processes
     if os.name == "nt":
         sys.argv[1:] = fill_in(sys.argv[1:])
     if hasattr(sys.stdout, "reconfigure"):  # not if it is closed, or a notebook's

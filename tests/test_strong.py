@@ -51,7 +51,7 @@ def test_overlapping_tiles_make_up_the_image_that_continues_mirrored(root, whole
     assert len(images) == 6
     for name, whole in images.items():
         assert whole.size == SIZE
-        image, mask = data.cut(tiles, whole, -250, -10, SIZE[0] + 300, SIZE[1] + 20)
+        image, mask = data.crop(tiles, whole, -250, -10, SIZE[0] + 300, SIZE[1] + 20)
         padding = (250, 50), (10, 10)
         assert (image.numpy() == np.pad(read(root, "images", name), (*padding, (0, 0)),
                                         "symmetric")).all()
@@ -215,7 +215,7 @@ def test_weights_and_batch_norms_statistics_are_averaged_and_its_count_is_copied
     for step, value in enumerate((3.0, 5.0, -2.0)):
         model.weight.data[:] = value
         model(torch.tensor([3.0, value]).view(2, 1, 1, 1))
-        train.update_average(average, model, step, decay=0.15)
+        train.update_ema(average, model, step, decay=0.15)
         decay = min(0.15, (step + 1) / (step + 10))
         expected = [decay * old + (1 - decay) * new.item() for old, new in zip(
             expected, (model.weight, model.running_mean, model.running_var))]
@@ -360,9 +360,9 @@ def test_the_average_is_taken_after_the_step(root, tmp_path):
 
 
 def test_schedule_and_average_know_where_in_the_whole_run_they_are(root, tmp_path, monkeypatch):
-    cosine, average, shares, steps = SCHEDULES["cosine"], train.update_average, [], []
+    cosine, average, shares, steps = SCHEDULES["cosine"], train.update_ema, [], []
     monkeypatch.setitem(SCHEDULES, "cosine", lambda done: shares.append(done) or cosine(done))
-    monkeypatch.setattr(train, "update_average",
+    monkeypatch.setattr(train, "update_ema",
                         lambda *args: steps.append(args[2]) or average(*args))
     fit(root, tmp_path / "run")
     last = load(tmp_path / "run/last.pt")
