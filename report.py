@@ -139,7 +139,7 @@ def group_by(results, key):
 
 def markdown(titles, rows):
     """A Markdown table, without the columns in which no row has anything."""
-    kept = [k for k in range(len(titles)) if not rows or any(row[k] != "-" for row in rows)]
+    kept = [k for k in range(len(titles)) if not rows or any(row[k] not in ("-", "") for row in rows)]
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(one_cell(line[k]) for k in kept) + " |" for line in lines)
 
@@ -278,7 +278,7 @@ def skip_differences(results):
                 interval, needed = confidence_interval(over_seeds), pairs_needed(over_seeds)
             model = group[0]["args"]["model"]
             papers = [PAPER.get((data, model, which)) for which in (skip, first)]
-            paper = f"{papers[0][0] - papers[1][0]:+.2f}" if all(papers) else "-"
+            paper = f"{papers[0][0] - papers[1][0]:+.2f}" if all(papers) else ""
             tables.setdefault(len(pairs), []).append([
                 f"{data}, {split}", name, f"{skip} - {first}", mean_and_error(over_seeds),
                 interval, percent(error_over_images(images, per_tile)), deviations, needed, paper])
