@@ -25,9 +25,9 @@ from raw import ARRAYS, READERS, SETS, TILE, prepare
 from synthetic import EOSIN, HEMATOXYLIN, NAMES, draw_tiles
 from utils import first_mismatch, number, picture, run_cli, to_device, write_atomic
 
-# Of ImageNet, on which Swin-UNet's encoder was trained. (The paper does not say.)
+# Of ImageNet, on which Swin-UNet's encoder was trained. (The paper does not say how it normalises.)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-INFO = {"classes": [str], "scale": float, "split": str, "recipe": str}  # what SETS tells of a set
+INFO = {"classes": [str], "scale": float, "split": str, "recipe": str}  # as SETS in raw.py
 SET_NAME = re.compile(r"\w[\w-]*")  # of a data set: letters, digits, _ and -
 SPLITS = ("tile", "image", "official", "official-sites", "official-all")  # see `split_tiles`
 
@@ -194,7 +194,7 @@ def split_tiles(data, rows, split):
         if split == "tile":
             train, rest = official["train"], official["val"]
         else:
-            train, rest = split_by_hash(rows, everything, 30760 / 36189, "image")  # as "tile"
+            train, rest = split_by_hash(rows, everything, 30760 / 36189, "image")  # as by tile
         test, val = split_by_hash(rows, rest, 4021 / 5429, split)
     else:
         train, rest = split_by_hash(rows, everything, 0.7, split)
@@ -248,7 +248,7 @@ def whole_images(data, tiles, indices):
         by_image.setdefault(tiles.rows[i][0], []).append(i)
     for name, members in by_image.items():
         tile_at = {tiles.corners[i]: i for i in members}
-        tops, lefts = (sorted(set(starts)) for starts in zip(*tile_at))
+        tops, lefts = (sorted(set(starts)) for starts in zip(*tile_at.keys()))
         covered = all(starts[0] == 0 and max(np.diff(starts), default=0) <= TILE
                       for starts in (tops, lefts))
         if not covered or not len(members) == len(tile_at) == len(tops) * len(lefts):
@@ -317,7 +317,7 @@ def read_windows(tiles, wholes, indices, positions, scale):
 
 
 def window_side(scale):
-    """Pixels along a square with room for a window at 45 degrees, its largest scale, and shifts."""
+    """Pixels along a square that holds a window at 45 degrees, its largest scale, most shifts."""
     return 2 * math.ceil(TILE * math.exp(scale) / math.sqrt(2) + ELASTIC_STD)
 
 
@@ -422,8 +422,8 @@ def change_stain(images, changes):
     """Scale and shift each stain: hematoxylin, eosin and the residual (Ruifrok, 2001).
 
     images (n, 3, H, W), 0..1, are overwritten; changes (n, 2, 3): factors and shifts of the three,
-    in optical density (with the natural logarithm). Returns images of the same shape. Not in the
-    paper.
+    in optical density (with the natural logarithm; a shift of the residual, whose axis is a cross
+    product, counts for 0.64 of it). Returns images of the same shape. Not in the paper.
     """
     stains = F.normalize(torch.tensor((HEMATOXYLIN, EOSIN)))
     stains = torch.cat((stains, torch.linalg.cross(*stains)[None]))         # (3, 3), one a row
@@ -448,9 +448,9 @@ def draw_augmentation(n, generator, names=(*WARPS, *COLOURS), windows=0.0, stain
     matrix (n, 2, 2): flips and rotation; columns, rows (n, 6): the grid's distorted lines, -1..1;
     elastic (n, 2, 10, 10): shifts at the grid's points, in units of half a tile; brightness
     (n, 1): factors. A warp that is not in `names` is drawn, too, but changes nothing, so that the
-    draws of the others do not depend on it. With `windows` above 0, also zoom (n,): a window's
-    share of the piece that was cut out for it; with `stain` above 0, also stain (n, 2, 3): factors
-    and shifts.
+    draws of the others do not depend on it; those of zoom and stain depend on the colours. With
+    `windows` above 0, also zoom (n,): a window's share of the piece that was cropped for it; with
+    `stain` above 0, also stain (n, 2, 3): factors and shifts.
     """
     def happens(name, *shape):
         return chance(*shape, generator=generator) * (name in names)
@@ -481,7 +481,7 @@ def augment(images, masks, draws):
     images (n, 3, H, W) float 0..1, masks (n, H, W) integer, draws from `draw_augmentation`; returns
     the same types and shapes. (Windows come in larger pieces and leave as 224 x 224.) Every output
     pixel looks up one place of the input: its position is bent along each axis (grid distortion),
-    turned and mirrored, shifted (elastic), and scaled. Images are interpolated, masks take the
+    mirrored and turned, shifted (elastic), and scaled. Images are interpolated, masks take the
     nearest label, and beyond the border both continue mirrored.
     """
     device = images.device

@@ -27,7 +27,7 @@ def bce_loss(logits, masks, ignore=()):
 def one_hot(masks, num_classes, ignore=()):
     """masks (N, H, W) integer -> (N, C, H, W) bool, all False where a label is in `ignore`.
 
-    One class is the foreground, label 1.
+    With one class, the only channel is that of label 1, the foreground.
     """
     first = 1 if num_classes == 1 else 0
     classes = torch.arange(first, first + num_classes, device=masks.device)
@@ -55,7 +55,7 @@ def dice_loss(logits, masks, ignore=()):
     `ignore` do not count. The paper gives no formula: the averages are ours, as in our metric.
     """
     num_classes = logits.shape[1]
-    # exp(log_softmax) is softmax, which rounds differently: earlier runs' last digits would change.
+    # exp(log_softmax) is softmax, up to rounding, on which the last digits of earlier runs depend.
     p = logits.float().sigmoid() if num_classes == 1 else F.log_softmax(logits.float(), 1).exp()
     for label in ignore:
         p = p * (masks != label)[:, None]
@@ -115,7 +115,7 @@ def constant(done):
 
 
 def cosine(done, warm_up=0.03):
-    """Rise linearly over the first 3 % of the run, then fall to zero as half a cosine."""
+    """Rise linearly from 0 over the first 3 % of the run, then fall to 0 as half a cosine."""
     if done < warm_up:
         return done / warm_up
     return (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up))) / 2

@@ -66,16 +66,17 @@ class ConvSkip(nn.Module):
 class FusionSkip(nn.Module):
     """y_i = W_i (x_i + sum over j != i of resize(W_ij x_j)), every W a 1x1 convolution with bias.
 
-    A 1x1 convolution mixes channels and a bilinear resize mixes pixels with weights that sum to 1,
-    so the two commute, bias included. Whichever leaves less work for the other goes first: a finer
-    map is shrunk before its convolution, a coarser one is enlarged after it. The paper convolves
-    first everywhere; the function is the same. W_i may be `depth` convolutions in a row.
+    A 1x1 convolution mixes channels and a bilinear resize mixes pixels, so the two commute; so does
+    the bias, as the weights of a resized pixel sum to 1. Whichever leaves less work for the other
+    goes first: a finer map is shrunk before its convolution, a coarser one is enlarged after it.
+    The paper convolves first everywhere; the function is the same. W_i is convs[i], or `depth`
+    convolutions in a row, and W_ij is match[i][j].
     """
 
     def __init__(self, channels, depth=1):
         super().__init__()
         self.convs = nn.ModuleList(pointwise(count, depth) for count in channels)
-        self.match = nn.ModuleList(  # match[i][j]: C_j -> C_i; match[i][i] is never called
+        self.match = nn.ModuleList(  # [i][j]: C_j -> C_i; [i][i] keeps the place, and is not called
             nn.ModuleList(nn.Identity() if j == i else nn.Conv2d(channels[j], channels[i], 1)
                           for j in range(len(channels))) for i in range(len(channels)))
 
@@ -126,8 +127,9 @@ def double_conv(in_channels, out_channels, norm=True):
 def he_init(blocks):
     """Draw 3x3 convolutions' weights as U-Net's authors did: Gaussian, std sqrt(2 / inputs).
 
-    The signal then keeps its size through the ReLUs, where PyTorch's default shrinks it. The paper
-    does not say what it did.
+    `inputs` counts all that a neuron sees, 9 a channel. The signal then keeps its size through the
+    ReLUs, also where no BatchNorm follows; PyTorch's default shrinks it there. The paper does not
+    say what it did.
     """
     for block in blocks:
         for layer in block:
@@ -204,7 +206,7 @@ class SwinUNet(nn.Module):
 
     The encoder is timm's Swin-T without its classifier. Unlike the original's, the decoder is
     convolutional, and the skips leave the encoder right after each patch merging: with conv skips,
-    that gives the paper's parameter count (Table 1), of which it says no more. `width` and
+    that gives the count in the paper's Table 1, and the paper says no more of it. `width` and
     `checkpointing` mean nothing here, as Swin-T's widths are fixed. Raises ValueError for any other
     image size.
     """
@@ -244,7 +246,7 @@ class SwinUNet(nn.Module):
         features, x = self.encode(images)                 # 768 @ 7
         x = self.decoder[0](resize(x, (14, 14)))          # 384 @ 14
         for block, skip in zip(self.decoder[1:], reversed(self.skip(features))):
-            size = (2 * skip.shape[2], 2 * skip.shape[3])
+            size = (2 * skip.shape[2], 2 * skip.shape[3])  # as patch merging has halved it
             x = torch.cat([resize(x, size), resize(skip, size)], dim=1)
             x = block(x)                                  # 192 @ 14, 96 @ 28, 64 @ 56
         # 1x1 head and bilinear resize commute (see FusionSkip): the head is cheaper at 56.
@@ -278,7 +280,10 @@ def create_model(model, skip, num_classes, width=64, checkpointing=False, skip_d
 
 
 def build_model(checkpoint, path):
-    """The trained network that a checkpoint of train.py holds; ValueError if they do not fit."""
+    """The network that a checkpoint of train.py holds, in training mode.
+
+    Raises ValueError if they do not fit.
+    """
     args = checkpoint["args"]
     arguments = {"model": args["model"], "skip": args["skip"], "width": args["width"],
                  "num_classes": checkpoint["num_classes"],

@@ -139,7 +139,8 @@ def group_by(results, key):
 
 def markdown(titles, rows):
     """A Markdown table, without the columns in which no row has anything."""
-    kept = [k for k in range(len(titles)) if not rows or any(row[k] not in ("-", "") for row in rows)]
+    kept = [k for k in range(len(titles))
+            if not rows or any(row[k] not in ("-", "") for row in rows)]
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(one_cell(line[k]) for k in kept) + " |" for line in lines)
 

@@ -93,7 +93,8 @@ def test_any_skip_returns_as_many_maps_of_the_same_sides_and_of_its_channels(ski
 @ALL_MODELS
 def test_any_skip_keeps_the_images_size_and_every_parameter_gets_a_gradient(model, skip,
                                                                             monkeypatch):
-    monkeypatch.setattr(F, "relu", F.leaky_relu)  # none is off; nn.ReLU calls it, too
+    for module in F, torch, torch.Tensor:  # so that none is off; nn.ReLU calls F.relu
+        monkeypatch.setattr(module, "relu", F.leaky_relu)
     network, side = create_model(model, skip, 3, width=4).eval(), side_of(model)
     for parameter in network.parameters():  # what starts at 0 may hide others
         parameter.data += 0.01 * torch.randn_like(parameter)
