@@ -79,7 +79,7 @@ def draw_axes(draw, font, left, heading, label, ticks, zero="#dddddd"):
 def draw_legend(draw, font, names):
     """Draw a line of each colour with its name, one below the other, under the panels."""
     for i, (name, colour) in enumerate(zip(names, itertools.cycle(LINE_COLOURS))):
-        y = 460 + 24 * i
+        y = 470 + 24 * i
         draw.line((70, y, 110, y), colour, 3)
         draw.text((120, y), name, "black", font, anchor="lm")
 
