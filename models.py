@@ -76,7 +76,7 @@ class FusionSkip(nn.Module):
     def __init__(self, channels, depth=1):
         super().__init__()
         self.convs = nn.ModuleList(pointwise(count, depth) for count in channels)
-        self.match = nn.ModuleList(  # [i][j]: C_j -> C_i; [i][i] keeps the place, and is not called
+        self.match = nn.ModuleList(  # [i][j]: C_j -> C_i; [i][i] only fills its place
             nn.ModuleList(nn.Identity() if j == i else nn.Conv2d(channels[j], channels[i], 1)
                           for j in range(len(channels))) for i in range(len(channels)))
 
