@@ -194,7 +194,7 @@ def split_tiles(data, rows, split):
         if split == "tile":
             train, rest = official["train"], official["val"]
         else:
-            train, rest = split_by_hash(rows, everything, 30760 / 36189, "image")  # as by tile
+            train, rest = split_by_hash(rows, everything, 30760 / 36189, "image")  # tile's share
         test, val = split_by_hash(rows, rest, 4021 / 5429, split)
     else:
         train, rest = split_by_hash(rows, everything, 0.7, split)

@@ -150,7 +150,8 @@ def draw_error_bars(heading, panels):
                        for at, values in line.items() if values] for name, line in lines.items()}
         ends = [mean + sign * error for line in bars.values() for _, mean, error in line
                 for sign in (-1, 1)]
-        places, ticks = [*lines[names[0]]], round_ticks(min([-1, *ends]), max([1, *ends]))
+        places = [*lines[names[0]]]
+        ticks = round_ticks(min([-1, *ends]), max([1, *ends]))
         y_of = draw_axes(draw, font, left, heading, title, ticks, zero="black")
 
         def x_of(at):

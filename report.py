@@ -407,7 +407,8 @@ def whole_image_dice(results):
         tiles = {} if result["tta"] else {f"{result['data']}, tiles": result["global"]["f1"]}
         return tiles | {whole: result["whole"]["f1"]}
 
-    results, rows = [result for result in results if "whole" in result], []
+    results = [result for result in results if "whole" in result]
+    rows = []
     columns = [*dict.fromkeys(title for result in results for title in dice(result))]
     for (trained, name, skip, networks), group in group_by(results, row).items():
         runs, cells = len({result["args"]["seed"] for result in group}), []
