@@ -26,7 +26,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from data import (BRIGHTNESS, CHANCE, augment, draw_augmentation, get_batch, normalize,
-                  seeded_generator, synthetic)
+                  seeded_generator, synthetic_tiles)
 from losses import loss_for
 from models import MODELS, SKIPS, FusionSkip, create_model, resize
 from raw import TILE
@@ -179,7 +179,7 @@ def main(args):
     """Measure and print everything -> {"unet conv, batch 8": its numbers, ...}, as in the JSON."""
     device = pick_device(args.device)
     sizes = args.batch_size or ([8, 50] if device.type == "cuda" else [2])
-    rate, tiles = matmul_rate(device), synthetic(max(DATA_TILES, *sizes))
+    rate, tiles = matmul_rate(device), synthetic_tiles(max(DATA_TILES, *sizes))
     indices, rng = torch.arange(DATA_TILES), seeded_generator(0)
     data = compare(lambda: augment(*get_batch(tiles, indices, device),
                                    draw_augmentation(DATA_TILES, rng)),

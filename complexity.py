@@ -1,15 +1,15 @@
 """When does fusion pay? The paper's open question (4.1), asked of 1 to 22 classes.
 
-    python complexity.py              # draw the sets, train every cell, make the page; hours
-    python complexity.py --jobs 4     # four cells at a time
+    python complexity.py              # draw the sets, train all runs, make the page; hours
+    python complexity.py --jobs 4     # four runs at a time
     python complexity.py --report     # the page alone, from results/complexity/*.json
 
 Synthetic tissue (synthetic.py) stays the same while its labels are merged to 1, 3, 6, 12 and 22
-classes, or keeps 6 classes while its regions grow. A cell is one network trained on one of these
-sets by train.py. What is compared, and what counts as a result, was written down before the first
-cell was trained: results/complexity/README.md. (LONGER is exploratory.) Start it again after an
-interruption: cells finished in runs/complexity are skipped (remove them if you change RECIPE), the
-others go on, and a cell that fails does not stop the rest. Scores replace those in
+classes, or keeps 6 classes while its regions grow. A run, which results/complexity/README.md calls
+a cell, is one network trained on one of these sets by train.py. What is compared, and what counts
+as a result, was written down there before the first of them. (LONGER is exploratory.) Start it
+again after an interruption: runs finished in runs/complexity are skipped (remove them if you change
+RECIPE), the others go on, and a run that fails does not stop the rest. Scores replace those in
 results/complexity, where a clone has ours.
 """
 
@@ -35,7 +35,7 @@ from synthetic import NAMES, merge, tissue_tile
 from utils import number, print_progress, run_cli, write_atomic
 
 # The experiment. A set is its number of classes, its grain (the size of its regions in pixels) and,
-# where it is trained on for longer than RECIPE says, the number of passes.
+# where it is trained on for longer than RECIPE says, the number of epochs.
 CLASSES = [(1, 40), (3, 40), (6, 40), (12, 40), (22, 40)]
 GRAINS = [(6, 20), (6, 40), (6, 80), (6, 160)]
 LONGER = [(3, 40, 3), (6, 40, 3), (12, 40, 3), (22, 40, 3)]  # thought of after the first results
@@ -47,7 +47,8 @@ BLOCKS = [(CLASSES, PAPER_SKIPS), (GRAINS, PAPER_SKIPS), (CLASSES, OTHER_SKIPS),
 TILES = {"train": 480, "val": 40, "test": 240}
 RECIPE = "--width 16 --epochs 2 --batch-size 2 --lr 4e-3 --schedule cosine".split()
 
-# What counts as a result: of which average, at which level of all tests together, from which gain.
+# Fusion pays where the gain in this average of IoU is at least MIN_GAIN, and p after Holm's
+# correction is below LEVEL.
 AVERAGE, LEVEL, MIN_GAIN = "per_tile", 0.05, 0.01
 
 DATA, RUNS, RESULTS = Path("data"), Path("runs", "complexity"), Path("results", "complexity")
@@ -57,14 +58,14 @@ def set_name(classes, grain):
     return f"tissue-k{classes:02}-grain{grain:03}"
 
 
-def all_cells():
-    """Every cell once -> list of (set, skip, seed), block by block, and in a block seed by seed."""
-    cells = [(data_set, skip, seed) for sets, skips in BLOCKS for seed in SEEDS for data_set in sets
-             for skip in skips]
-    return list(dict.fromkeys(cells))  # six classes at grain 40 are on both axes
+def all_runs():
+    """Every run once -> list of (set, skip, seed), block by block, and in a block seed by seed."""
+    runs = [(data_set, skip, seed) for sets, skips in BLOCKS for seed in SEEDS for data_set in sets
+            for skip in skips]
+    return list(dict.fromkeys(runs))  # six classes at grain 40 are on both axes
 
 
-def cell_name(data_set, skip, seed):
+def run_name(data_set, skip, seed):
     longer = f"-{data_set[2]}epochs" if len(data_set) > 2 else ""
     return f"{set_name(*data_set[:2])}-{skip}{longer}-seed{seed}"
 
@@ -97,11 +98,11 @@ def draw_set(k, grain):
     folder.rename(final)
 
 
-def train_cell(cell):
-    """Train a cell, or go on with it, and copy its scores -> None, or how it failed."""
-    (k, grain, *passes), skip, seed = cell
-    longer = ["--epochs", str(passes[0])] if passes else []
-    name = cell_name(*cell)
+def train_run(run):
+    """Train a run, or go on with it, and copy its scores -> None, or how it failed."""
+    (k, grain, *epochs), skip, seed = run
+    longer = ["--epochs", str(epochs[0])] if epochs else []
+    name = run_name(*run)
     scores, log = RUNS / name / "scores.json", RUNS / f"{name}.log"
     if not scores.exists():
         command = [sys.executable, Path(__file__).with_name("train.py"), "--model", "unet",
@@ -117,15 +118,15 @@ def train_cell(cell):
     shutil.copy(scores, RESULTS / f"{name}.json")
 
 
-def train_cells(cells, jobs):
-    """Train `jobs` cells at a time -> list of how some of them failed."""
+def train_all(runs, jobs):
+    """Train `jobs` runs at a time -> list of how some of them failed."""
     failed = []
     with ThreadPoolExecutor(jobs) as pool:
-        for done, failure in enumerate(pool.map(train_cell, cells), 1):
+        for done, failure in enumerate(pool.map(train_run, runs), 1):
             if failure:
                 failed.append(failure)
                 print_progress(f"failed: {failure}\n")
-            print_progress(f"{done}/{len(cells)} cells, last {cell_name(*cells[done - 1])}")
+            print_progress(f"{done}/{len(runs)} runs, last {run_name(*runs[done - 1])}")
     return failed
 
 
@@ -156,7 +157,7 @@ def differences(results, data_set, skip):
 
 
 # -----------------------------------------------------------------------------
-# The page. `results` are {cell: content of its scores.json}.
+# The page. `results` are {run: content of its scores.json}.
 
 
 def are_complete(compared):
@@ -236,16 +237,16 @@ TABLES = {
 
 
 def make_page():
-    """Write the page and its picture from the finished cells."""
-    paths = {cell: RESULTS / f"{cell_name(*cell)}.json" for cell in all_cells()}
-    results = {cell: read_scores(path) for cell, path in paths.items() if path.exists()}
+    """Write the page and its picture from the finished runs."""
+    paths = {run: RESULTS / f"{run_name(*run)}.json" for run in all_runs()}
+    results = {run: read_scores(path) for run, path in paths.items() if path.exists()}
     page = RESULTS / "README.md"
     text = fill_page(page, TABLES, results)
     with write_atomic(RESULTS / "differences.png") as file:
         draw_picture(results).save(file)
     with write_atomic(page) as file:
         file.write(text.encode())
-    print_progress(f"{page}: {len(results)} of {len(paths)} cells\n")
+    print_progress(f"{page}: {len(results)} of {len(paths)} runs\n")
 
 
 # -----------------------------------------------------------------------------
@@ -255,23 +256,23 @@ def make_page():
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=number(int), default=os.cpu_count(), metavar="N",
-                        help="cells at a time, one thread each (default: as many as CPU cores)")
+                        help="runs at a time, one thread each (default: as many as CPU cores)")
     parser.add_argument("--report", action="store_true", help="train nothing, make the page anew")
     return parser.parse_args(argv)
 
 
 def main(args):
-    """Train what is missing and make the page; ValueError if a cell has failed."""
+    """Train what is missing and make the page; ValueError if a run has failed."""
     failed = []
     if not args.report:
         for folder in RUNS, RESULTS:
             folder.mkdir(parents=True, exist_ok=True)
-        for data_set in dict.fromkeys(data_set[:2] for data_set, _, _ in all_cells()):
+        for data_set in dict.fromkeys(data_set[:2] for data_set, _, _ in all_runs()):
             draw_set(*data_set)
-        failed = train_cells(all_cells(), args.jobs)
+        failed = train_all(all_runs(), args.jobs)
     make_page()
     if failed:
-        raise ValueError(f"{len(failed)} cells failed, first {failed[0]}; the same command tries "
+        raise ValueError(f"{len(failed)} runs failed, first {failed[0]}; the same command tries "
                          "them again")
 
 

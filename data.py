@@ -19,15 +19,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from losses import RECIPES
 from plots import PALETTE, draw_preview
 from raw import ARRAYS, READERS, SETS, TILE, prepare
+from recipes import RECIPES
 from synthetic import EOSIN, HEMATOXYLIN, NAMES, draw_tiles
 from utils import first_mismatch, number, picture, run_cli, to_device, write_atomic
 
 # Of ImageNet, on which Swin-UNet's encoder was trained. (The paper does not say how it normalises.)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-INFO = {"classes": [str], "scale": float, "split": str, "recipe": str}  # as SETS in raw.py
+INFO_SCHEMA = {"classes": [str], "scale": float, "split": str, "recipe": str}  # as SETS in raw.py
 SET_NAME = re.compile(r"\w[\w-]*")  # of a data set: letters, digits, _ and -
 SPLITS = ("tile", "image", "official", "official-sites", "official-all")  # see `split_tiles`
 
@@ -38,9 +38,8 @@ class Tiles:
 
     images: torch.Tensor  # (n, 224, 224, 3) uint8
     masks: torch.Tensor   # (n, 224, 224) uint8, labels
-    rows: list            # per tile (source image, row, column, part of the official split)
+    rows: list            # per tile (source image, row, column, official part, top, left)
     info: dict            # what is known about the set, as in SETS
-    corners: list = None  # per tile (top, left) in its image, in pixels; None: not recorded
 
 
 def how_to_prepare(data):
@@ -72,7 +71,7 @@ def read_info(data, root):
         info = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         info = None
-    if first_mismatch(info, INFO) or not (0 < len(info["classes"]) <= len(PALETTE) and
+    if first_mismatch(info, INFO_SCHEMA) or not (0 < len(info["classes"]) <= len(PALETTE) and
                                           info["split"] in SPLITS and info["recipe"] in RECIPES):
         raise ValueError(f"{path}: damaged, or not written by this version: remove {path.parent} "
                          f"and {how_to_prepare(data)}")
@@ -84,8 +83,8 @@ def set_of(checkpoint, path):
 
     Raises ValueError if it knows nothing, or another number of classes.
     """
-    info = checkpoint.get("set", SETS.get(checkpoint["args"]["data"]))
-    if first_mismatch(info, INFO) or len(info["classes"]) != checkpoint["num_classes"]:
+    info = checkpoint["set"]
+    if first_mismatch(info, INFO_SCHEMA) or len(info["classes"]) != checkpoint["num_classes"]:
         raise ValueError(f"{path}: does not say what its {checkpoint['num_classes']} classes are: "
                          "it was not written by this version")
     return info
@@ -98,7 +97,7 @@ def load(data, root, num_classes=1):
     prepare the data, OSError if an array cannot be opened.
     """
     if data == "synthetic":
-        return synthetic(num_classes=num_classes)
+        return synthetic_tiles(num_classes=num_classes)
     info = read_info(data, root)
     folder = Path(root, data)
     again = f"remove {folder} and {how_to_prepare(data)}"
@@ -107,10 +106,8 @@ def load(data, root, num_classes=1):
     try:
         with open(folder / "tiles.csv", newline="", encoding="utf-8") as file:
             lines = [*csv.DictReader(file)]
-        rows = [(line["image"], int(line["row"]), int(line["column"]), line["official"])
-                for line in lines]
-        corners = ([(int(line["top"]), int(line["left"])) for line in lines]
-                   if lines and "top" in lines[0] else None)  # older versions did not note them
+        rows = [(line["image"], int(line["row"]), int(line["column"]), line["official"],
+                 int(line["top"]), int(line["left"])) for line in lines]
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise ValueError(f"{folder / 'tiles.csv'}: damaged ({error!r}): {again}") from None
     arrays = []
@@ -130,15 +127,15 @@ def load(data, root, num_classes=1):
     if highest >= labels:
         raise ValueError(f"{folder / 'masks.npy'}: holds the label {highest}, but {data} has the "
                          f"labels 0 to {labels - 1}: {again}")
-    return Tiles(*map(torch.from_numpy, arrays), rows, info, corners)
+    return Tiles(*map(torch.from_numpy, arrays), rows, info)
 
 
-def synthetic(n=100, num_classes=1):
+def synthetic_tiles(n=100, num_classes=1):
     """Draw n tiles of the synthetic set, the same each time -> Tiles, as `load` returns them."""
     images, masks = map(torch.from_numpy, draw_tiles(n, num_classes))
-    rows = [(f"synthetic-{i:03}", 0, 0, "train") for i in range(n)]
+    rows = [(f"synthetic-{i:03}", 0, 0, "train", 0, 0) for i in range(n)]
     names = {"classes": [*NAMES[:num_classes]]} if num_classes > 1 else {}
-    return Tiles(images, masks, rows, SETS["synthetic"] | names, [(0, 0)] * n)
+    return Tiles(images, masks, rows, SETS["synthetic"] | names)
 
 
 # -----------------------------------------------------------------------------
@@ -240,14 +237,11 @@ def whole_images(data, tiles, indices):
 
     Raises ValueError if they do not cover their images.
     """
-    if not tiles.corners:
-        raise ValueError(f"{data} was prepared by an older version, which did not note where tiles "
-                         f"lie: remove that folder and {how_to_prepare(data)}")
     by_image, wholes = {}, {}
     for i in indices.tolist():
         by_image.setdefault(tiles.rows[i][0], []).append(i)
     for name, members in by_image.items():
-        tile_at = {tiles.corners[i]: i for i in members}
+        tile_at = {tiles.rows[i][4:]: i for i in members}  # by top and left
         tops, lefts = (sorted(set(starts)) for starts in zip(*tile_at.keys()))
         covered = all(starts[0] == 0 and max(np.diff(starts), default=0) <= TILE
                       for starts in (tops, lefts))
@@ -352,7 +346,7 @@ def train_batches(tiles, indices, batch_size, seed, first_step, last_step, devic
     `whole_images`), at a scale that varies by up to exp(+-windows). `stain` is how much stains
     vary. 0 leaves either out.
     """
-    # "none" is the name of no augmentation.
+    # "none" matches no augmentation's name, so that nothing is applied.
     names = [*WARPS, *COLOURS] if augmentations == "all" else augmentations.split()
     num_steps = len(indices) // batch_size  # in an epoch
     # From pinned memory CUDA copies without waiting.

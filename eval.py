@@ -8,9 +8,9 @@
     python eval.py runs/lung-*/best.pt --figure fig.png           # tiles, as the paper's Figs. 3-5
     python eval.py runs/*/best.pt --curves curves.png             # training, as the paper's Fig. 2
 
-Everything comes from one confusion matrix per tile, or per whole image. Its two averages differ by
-points, so both are always shown: "per tile" is what the paper's Table 2 seems to hold, "global" is
-usual in semantic segmentation.
+Everything comes from one confusion matrix per tile, or per whole image. Its two averages differ, by
+up to a point on MoNuSeg and by more with many classes, so both are always shown: "per tile" is what
+the paper's Table 2 seems to hold, "global" is usual in semantic segmentation.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from models import build_model
 from plots import draw_curves, draw_figure
 from predict import predict_bands
 from report import AVERAGES, flags, percent, table_2
-from utils import (LOG, autocast, first_mismatch, load_checkpoint, number, output, pick_device,
-                   picture, print_progress, run_cli, write_atomic)
+from utils import (LOG_SCHEMA, autocast, first_mismatch, load_checkpoint, number, output,
+                   pick_device, picture, print_progress, run_cli, write_atomic)
 
 # -----------------------------------------------------------------------------
 # Metrics
@@ -87,12 +87,12 @@ def compute_metrics(confusions, ignore=()):
     tiles, pixels = divide(counts)
     per_tile = {name: tiles[name].where(pixels > 0, torch.nan).nanmean(dim=1)
                 for name in ("iou", "f1")}  # nan: a tile without any scored class
-    whole, pixels = divide(counts.sum(dim=0))
+    overall, pixels = divide(counts.sum(dim=0))
     return {
         "per_tile": {name: nan_to_none(values.nanmean()) for name, values in per_tile.items()},
-        "global": {name: nan_to_none(whole[name].nanmean()) for name in ("iou", "f1")},
+        "global": {name: nan_to_none(overall[name].nanmean()) for name in ("iou", "f1")},
         "classes": [{"label": label, "pixels": int(pixels[i]),
-                     **{name: nan_to_none(values[i]) for name, values in whole.items()}}
+                     **{name: nan_to_none(values[i]) for name, values in overall.items()}}
                     for i, label in enumerate(scored)],
         "tiles": [nan_to_none(value) for value in per_tile["iou"]],
     }
@@ -123,11 +123,11 @@ def evaluate(model, tiles, indices, loss_fn, device, batch_size, rank=0, world_s
         print_progress(f"scored {done * world_size} of {total * world_size} tiles")
     gathered = []
     for share in map(torch.cat, zip(*results)):
-        whole = share.new_zeros(len(indices), *share.shape[1:])
-        whole[rank::world_size] = share
+        full = share.new_zeros(len(indices), *share.shape[1:])
+        full[rank::world_size] = share
         if world_size > 1:
-            dist.all_reduce(whole)
-        gathered.append(whole)
+            dist.all_reduce(full)
+        gathered.append(full)
     return gathered
 
 
@@ -175,7 +175,7 @@ def open_data(checkpoint, path, data_root, data):
     `data` may be another set of the same tiles. `data_root` defaults to where training found them.
     Raises ValueError if tiles, classes or scale differ.
     """
-    args, root = checkpoint["args"], data_root or checkpoint.get("data_root", "data")
+    args, root = checkpoint["args"], data_root or checkpoint["data_root"]
     tiles = load(data, root, checkpoint["num_classes"])
     parts = split_tiles(data, tiles.rows, args["split"])
     if checkpoint["split"] != fingerprint(tiles.rows, parts):
@@ -211,7 +211,7 @@ def build_ensemble(checkpoints):
     """The networks of {path: checkpoint} as one; ValueError if more than their seeds differ."""
     (first, one), *others = checkpoints.items()
     for path, other in others:
-        if (any(other.get(name) != one.get(name)
+        if (any(other[name] != one[name]
                 for name in ("split", "num_classes", "weights", "recipe_version")) or
                 other["args"] | {"seed": 0} != one["args"] | {"seed": 0}):
             raise ValueError(f"{path}: was trained on other tiles than {first}, or with other "
@@ -231,16 +231,16 @@ def score(model, checkpoint, path, device, options):
     loss_fn = loss_for(checkpoint["num_classes"], args["ignore_index"])  # no score depends on it
     confusions, _ = evaluate(model, tiles, parts["test"], loss_fn, device, options.batch_size)
     result = {"checkpoint": str(path), "epoch": len(checkpoint["log"]), "args": args,
-              "recipe_version": checkpoint.get("recipe_version"), "weights": checkpoint["weights"],
+              "recipe_version": checkpoint["recipe_version"], "weights": checkpoint["weights"],
               "set": tiles.info, "data": data,
               **compute_metrics(confusions, args["ignore_index"]),
               "confusion": confusions.sum(0).tolist()}
     if wholes:
-        whole = compute_metrics(
+        metrics = compute_metrics(
             evaluate_whole(model, tiles, wholes, checkpoint["num_classes"], device, options.tta),
             args["ignore_index"])
-        result |= {"tta": options.tta, "per_image": whole["per_tile"], "whole": whole["global"],
-                   "images": dict(zip(wholes, whole["tiles"]))}
+        result |= {"tta": options.tta, "per_image": metrics["per_tile"], "whole": metrics["global"],
+                   "images": dict(zip(wholes, metrics["tiles"]))}
     return result
 
 
@@ -299,7 +299,7 @@ def read_log(path):
                    for row in csv.DictReader(file)]
     except (ValueError, TypeError, csv.Error):
         log = []
-    if not log or first_mismatch(log, LOG):
+    if not log or first_mismatch(log, LOG_SCHEMA):
         raise ValueError(f"{path}: not the log of a run, or damaged: leave out the run or --curves")
     return log
 
@@ -339,7 +339,7 @@ def parse_args(argv=None):
 
 def main(args):
     """Score the checkpoints -> list of results; ValueError if one cannot be used."""
-    # Read everything first, so that a bad file stops this before hours of scoring.
+    # Read all checkpoints first, so that a bad one stops this before hours of scoring.
     device = pick_device(args.device)
     checkpoints = {Path(path): load_checkpoint(path) for path in args.checkpoints}
     sets = {(checkpoint["args"]["data"], checkpoint["args"]["split"], checkpoint["num_classes"])
@@ -348,6 +348,7 @@ def main(args):
         raise ValueError("--figure compares networks of one data set, split and number of classes, "
                          f"and these are of {len(sets)}: name fewer checkpoints")
     for path, checkpoint in checkpoints.items():
+        build_model(checkpoint, path)  # refuses weights that do not fit
         if args.whole and checkpoint["args"]["split"] == "tile":
             raise ValueError(f"{path}: was trained with --split tile and has seen parts of all "
                              "images: --whole is for --split image or official")

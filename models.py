@@ -49,7 +49,7 @@ def pointwise(channels, depth):
     layers = [nn.Conv2d(channels, channels, 1)]
     for _ in range(depth - 1):
         layers += [nn.ReLU(inplace=True), nn.Conv2d(channels, channels, 1)]
-    return nn.Sequential(*layers) if depth > 1 else layers[0]  # whose weights keep a short name
+    return nn.Sequential(*layers) if depth > 1 else layers[0]  # parameters: convs.0.weight
 
 
 class ConvSkip(nn.Module):
@@ -144,8 +144,8 @@ def he_init(blocks):
 # the skips alone. (If a skip returns more channels, decoder blocks differ, and so does what is
 # drawn after them.)
 # Another network takes the same four arguments and says the same three things about itself: whether
-# it starts from pretrained weights (it then has a `load_pretrained`), and which image sides it
-# takes: multiples of `side_multiple` up to `max_side`, None for no limit.
+# it starts from pretrained weights (it then has a `load_pretrained`, and fixed widths), and which
+# image sides it takes: multiples of `side_multiple` up to `max_side`, None for no limit.
 
 
 class UNet(nn.Module):
@@ -287,17 +287,17 @@ def build_model(checkpoint, path):
     args = checkpoint["args"]
     arguments = {"model": args["model"], "skip": args["skip"], "width": args["width"],
                  "num_classes": checkpoint["num_classes"],
-                 "skip_depth": args.get("skip_depth", 1)}  # older checkpoints do not name it
+                 "skip_depth": args["skip_depth"]}
     try:
-        # Compare shapes without memory, however large the file claims to be. (assign=True leaves a
-        # flag in the metadata of a state dict, by which the load below would assign, too. dict()
-        # leaves the metadata behind.)
+        # Compare shapes without memory, however large the file claims to be. dict() drops the state
+        # dict's metadata: assign=True would leave a flag in it, and the load below would then
+        # assign, too.
         with torch.device("meta"):
             create_model(**arguments).load_state_dict(dict(checkpoint["model"]), assign=True)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path}: its weights do not fit the {args['model']} with {args['skip']} "
-                         f"skips that it names ({first_line(error)}): it was not written by this "
-                         "version") from None
+                         f"skips that it names ({str(error).splitlines()[-1].strip()}): it was not "
+                         "written by this version") from None
     model = create_model(**arguments)
     model.load_state_dict(checkpoint["model"])
     return model
@@ -380,7 +380,7 @@ def load_encoder(encoder, path=None):
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
 
     expected = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
-    found = {name: tensor.shape for name, tensor in tensors.items()}
+    found = {name: getattr(tensor, "shape", None) for name, tensor in tensors.items()}
     wrong = sorted({name for name, _ in expected.items() ^ found.items()})
     if wrong:
         raise ValueError(f"{path}: not a Swin-T: {len(wrong)} tensors are missing, left over or of "

@@ -159,7 +159,7 @@ def draw_error_bars(heading, panels):
 
         for at in places:
             draw.text((x_of(at), 414), str(at), "black", font, anchor="mm")
-        for i, (line, colour) in enumerate(zip(bars.values(), LINE_COLOURS)):
+        for i, (line, colour) in enumerate(zip(bars.values(), itertools.cycle(LINE_COLOURS))):
             aside = 8 * (i - (len(names) - 1) / 2)  # pixels, so that no bar hides another
             draw.line([(x_of(at) + aside, y_of(mean)) for at, mean, _ in line], colour, 2)
             for at, mean, error in line:

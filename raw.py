@@ -31,7 +31,7 @@ TILE = 224  # pixels, the side of a tile
 # What is known about a set. `classes` names its labels: one class means a foreground against a
 # background, which takes one logit and BCE; several take a logit each. `scale` is the factor by
 # which raw images are resized before they are cut, `split` the default of --split, and `recipe` a
-# row of RECIPES in losses.py.
+# row of RECIPES in recipes.py.
 SETS = {
     "synthetic": {"classes": ["nucleus"], "scale": 1.0, "split": "tile", "recipe": "synthetic"},
     "monuseg": {"classes": ["nucleus"], "scale": 4 * TILE / 1000, "split": "tile",
@@ -381,8 +381,9 @@ def find_monuseg(folders, later_images=False, raster="paper"):
         for name in later:
             images.pop(name)
             masks.pop(name, None)
-    if len(images) < 44:
-        print(f"found {len(images)} of the paper's 44 images")
+    found = len(images.keys() - {*MONUSEG_LATER})
+    if found < 44:
+        print(f"found {found} of the paper's 44 images")
     pictures = sum(path.suffix.lower() == ".png" for path in masks.values())
     if raster == "exact" and pictures:
         print(f"{pictures} images have only a mask picture, which is made half a pixel thinner")

@@ -146,17 +146,10 @@ class FusionUNetSkip(nn.Sequential):
 
 
 def vgg19_encoder():
-    """VGG-19 (Simonyan and Zisserman, 2015, column E) up to its last pooling, 512 @ 1/16 side.
+    """VGG-19 (Simonyan and Zisserman, 2015, column E) up to its last pooling, 512 @ 1/16 side."""
+    from torchvision.models.vgg import cfgs, make_layers  # here, as timm in models.py
 
-    Its layers have the numbers that they have in torchvision's `features`.
-    """
-    layers, in_channels = [], 3
-    for channels, repeats in (64, 2), (128, 2), (256, 4), (512, 4), (512, 4):
-        for _ in range(repeats):
-            layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.ReLU(inplace=True)]
-            in_channels = channels
-        layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(*layers[:-1])
+    return make_layers(cfgs["E"])[:-1]
 
 
 class SqueezeExcite(nn.Module):

@@ -21,10 +21,10 @@ import numpy as np
 
 import related  # noqa: F401, its skips and networks join SKIPS and MODELS
 from data import SET_NAME, SPLITS
-from losses import RECIPE_VERSION, RECIPE_VERSIONS, RECIPES, recipe_overrides
 from models import MODELS, SKIPS, TABLE_1, parameter_counts
 from plots import draw_curves
-from utils import ARGS, LOG, first_mismatch, run_cli, write_atomic
+from recipes import RECIPE_VERSION, RECIPE_VERSIONS, RECIPES, recipe_overrides
+from utils import ARGS_SCHEMA, LOG_SCHEMA, first_mismatch, run_cli, write_atomic
 
 PAPER = {  # Table 2: mIoU and F1 in percent
     ("bcss", "unet", "standard"): (30.44, 53.70), ("bcss", "unet", "conv"): (33.78, 47.42),
@@ -47,16 +47,20 @@ PAPER_HOURS = {  # 3.2, to train one network on an NVIDIA 3070
     ("bcss", "swin_unet"): 10, ("bcss512", "unet"): 10, ("bcss512", "swin_unet"): 2}
 
 # -----------------------------------------------------------------------------
-# Runs. A result is the content of one scores.json, see SCORES.
+# Results: what train.py writes to a scores.json, or `eval.py --whole --json` of each network
 
-IOU_F1 = {"iou": float | None, "f1": float | None}  # None: no test tile shows any class
-SCORES = {"args": ARGS, "recipe_version": int, "weights": str, "log": LOG, "seconds": [float],
-          "epoch": int, "images": [str], "tiles": [float | None], "torch": str, "device": str,
-          "processes": int, "per_tile": IOU_F1, "global": IOU_F1}
+AVERAGE_SCHEMA = {"iou": float | None, "f1": float | None}  # None: no test tile shows any class
+SCORES_SCHEMA = {"args": ARGS_SCHEMA, "recipe_version": int, "weights": str, "log": LOG_SCHEMA,
+                 "seconds": [float], "epoch": int, "images": [str], "tiles": [float | None],
+                 "torch": str, "device": str, "processes": int, "per_tile": AVERAGE_SCHEMA,
+                 "global": AVERAGE_SCHEMA}
+WHOLE_SCHEMA = {"args": ARGS_SCHEMA, "recipe_version": int, "weights": str, "data": str,
+                "tta": bool, "global": AVERAGE_SCHEMA, "whole": AVERAGE_SCHEMA,
+                "images": {str: float | None}}
 KNOWN = {"recipe": RECIPES, "split": SPLITS, "model": MODELS, "skip": SKIPS}
-# What `eval.py --whole --json` writes, of each network.
-WHOLE = {"args": ARGS, "recipe_version": int, "weights": str, "data": str, "tta": bool,
-         "global": IOU_F1, "whole": IOU_F1, "images": {str: float | None}}
+# The averages of a score: a mean over tiles, or all pixels at once; of tiles or of whole images.
+AVERAGES = {"per_tile": "per tile", "global": "global", "per_image": "per whole image",
+            "whole": "whole images"}
 
 
 def read_json(path):
@@ -73,25 +77,24 @@ def read_results(paths):
     for path in paths:
         content = read_json(path)
         if isinstance(content, list):
-            wholes += [check(result, WHOLE, path) for result in content]
+            wholes += [check(result, WHOLE_SCHEMA, path) for result in content]
         else:
-            runs.append(check(content, SCORES, path))
+            runs.append(check(content, SCORES_SCHEMA, path))
     return runs, wholes
 
 
 def read_scores(path):
     """Read a scores.json -> result; ValueError if the file is not one."""
-    return check(read_json(path), SCORES, path)
+    return check(read_json(path), SCORES_SCHEMA, path)
 
 
 def check(result, schema, path):
     """Return a result; ValueError if a part of it is not as `schema` says, or not known here."""
     wrong = first_mismatch(result, schema)
     if not wrong:
-        args = {"recipe": result["args"]["data"]} | result["args"]  # older runs name no recipe
-        sound = {name: args[name] in known for name, known in KNOWN.items()}
-        sound["data"] = SET_NAME.fullmatch(args["data"])
-        if schema is SCORES:
+        sound = {name: result["args"][name] in known for name, known in KNOWN.items()}
+        sound["data"] = SET_NAME.fullmatch(result["args"]["data"])
+        if schema is SCORES_SCHEMA:
             sound["log"] = 0 < len(result["log"]) == len(result["seconds"])
             sound["tiles"] = len(result["tiles"]) == len(result["images"])
         wrong = next((name for name in sound if not sound[name]), None)
@@ -105,7 +108,7 @@ def check(result, schema, path):
 def flags(result):
     """Flags of train.py by which a run differs from the paper's recipe -> list, a text for each."""
     args = result["args"]
-    words = ["--recipe strong"] if args.get("recipe", "").endswith(" strong") else []
+    words = ["--recipe strong"] if args["recipe"].endswith(" strong") else []
     words += [flag(name, value) for name, value in recipe_overrides(args).items()]
     if MODELS[args["model"]].pretrained:
         origin = result["weights"].removeprefix("encoder weights from ")
@@ -122,10 +125,10 @@ def flag(name, value):
     return f"--{name.replace('_', '-')} {value}".strip()
 
 
-def label(result):
+def network_name(result):
     """The network and its flags -> text, the same for all runs that a row averages."""
     version = result["recipe_version"]
-    older = "" if version == RECIPE_VERSION else f" (recipe {version or 'unknown'})"
+    older = "" if version == RECIPE_VERSION else f" (recipe {version})"
     return " ".join([result["args"]["model"], *flags(result)]) + older
 
 
@@ -156,59 +159,7 @@ def percent(value):
 
 
 # -----------------------------------------------------------------------------
-# Tables
-
-
-def table_1(_):  # counts depend on no result
-    """The paper's Table 1: parameters of every combination, in brackets the paper's two numbers."""
-    rows = [[*network, *(f"{count:,}" for count in counts)]
-            for network, counts in parameter_counts().items()]
-    for row in rows:
-        if paper := TABLE_1.get((row[0], row[1])):
-            row[2] += f" ({paper:,})"
-    return markdown(["Model", "Skip", "1 class", "3 classes", "22 classes"], rows)
-
-
-# The averages of a score: a mean over tiles, or all pixels at once; of tiles or of whole images.
-AVERAGES = {"per_tile": "per tile", "global": "global", "per_image": "per whole image",
-            "whole": "whole images"}
-
-
-def table_2(results):
-    """The paper's Table 2, one for every data set and split: mean ± standard deviation over seeds.
-
-    In brackets the paper's, beside scores per tile of its recipe and kind of split. A row holds the
-    runs that differ in the seed alone; ValueError for two that differ in nothing, or in their test
-    images.
-    """
-    averages = [average for average in AVERAGES if all(average in one for one in results)]
-    titles = [f"{metric} {AVERAGES[average]}" for average in averages for metric in ("mIoU", "F1")]
-    rows = {}
-    results = sorted(results, key=lambda result: [*SKIPS].index(result["args"]["skip"]))
-    groups = group_by(results, lambda result: (
-        result["args"]["data"], result["args"]["split"],
-        result.get("data", result["args"]["data"]), label(result), result["args"]["skip"]))
-    for (data, split, scored_on, name, skip), group in sorted(groups.items(),
-                                                              key=lambda item: item[0][:4]):
-        seeds = [result["args"]["seed"] for result in group]
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"two runs of {data}, {split}, {name}, {skip} have one seed, of "
-                             f"{seeds}: leave out one of them")
-        if len({tuple(result.get("images", ())) for result in group}) > 1:
-            raise ValueError(f"runs of {data}, {split}, {name}, {skip} have different test images: "
-                             "leave out those of other prepared data")
-        is_papers = split == "tile" and scored_on == data and name == group[0]["args"]["model"]
-        paper = PAPER.get((data, name, skip)) if is_papers else None
-        cells = []
-        for average in averages:
-            for k, metric in enumerate(("iou", "f1")):
-                cell = mean_and_deviation([result[average][metric] for result in group])
-                note = f" ({paper[k]:.2f})" if paper and average == "per_tile" else ""
-                cells.append(cell + note)
-        title = f"{data}, {split} split" + ("" if scored_on == data else f", scored on {scored_on}")
-        rows.setdefault(f"**{title}**", []).append([name, skip, *cells, len(group)])
-    return "\n\n".join(f"{title}\n\n{markdown(['Model', 'Skip', *titles, 'Runs'], lines)}"
-                       for title, lines in rows.items())
+# Statistics
 
 
 def mean_and_deviation(values):
@@ -244,6 +195,92 @@ def error_over_images(images, values):
     return math.sqrt((sums**2).sum() * n / (n - 1)) / known.sum()
 
 
+def student_t(df):
+    """Student's t with `df` degrees of freedom -> angles, P(|t| < sqrt(df) tan(angle)), arrays.
+
+    The angles go from 0 to pi / 2. In them, the density is cos(angle)^(df - 1), up to a factor.
+    """
+    angles = np.linspace(0, math.pi / 2, 100_001)
+    below = (np.cos((angles[1:] + angles[:-1]) / 2)**(df - 1)).cumsum()
+    return angles, np.concatenate(([0], below / below[-1]))
+
+
+def t_quantile(df, probability):
+    """Two-sided quantile of Student's t: |t| stays below it with this probability."""
+    angles, below = student_t(df)
+    return math.sqrt(df) * math.tan(np.interp(probability, below, angles))
+
+
+def confidence_interval(differences):
+    """95 % confidence interval of the mean difference -> text, in points."""
+    n, mean = len(differences), statistics.mean(differences)
+    half = t_quantile(n - 1, 0.95) * statistics.stdev(differences) / math.sqrt(n)
+    return f"{100 * (mean - half):+.2f} to {100 * (mean + half):+.2f}"
+
+
+def pairs_needed(differences):
+    """How many pairs of runs a paired t test needs to detect a true difference of 1 point.
+
+    Two-sided level of 5 %, power of 80 %, the spread as found. As usual, the mean difference must
+    be t(97.5 %) + t(80 %) times its standard error.
+    """
+    deviation = 100 * statistics.stdev(differences)
+    fewest = max(2, int((2.8 * deviation)**2))  # 2.8 is the limit of their sum, 1.96 + 0.84
+    return next(n for n in itertools.count(fewest)
+                if n >= ((t_quantile(n - 1, 0.95) + t_quantile(n - 1, 0.6)) * deviation)**2)
+
+
+# -----------------------------------------------------------------------------
+# Tables
+
+
+def table_1(_):  # counts depend on no result
+    """The paper's Table 1: parameters of every combination, in brackets the paper's two numbers."""
+    rows = [[*network, *(f"{count:,}" for count in counts)]
+            for network, counts in parameter_counts().items()]
+    for row in rows:
+        if paper := TABLE_1.get((row[0], row[1])):
+            row[2] += f" ({paper:,})"
+    return markdown(["Model", "Skip", "1 class", "3 classes", "22 classes"], rows)
+
+
+def table_2(results):
+    """The paper's Table 2, one for every data set and split: mean ± standard deviation over seeds.
+
+    In brackets the paper's, beside scores per tile of its recipe and kind of split. A row holds the
+    runs that differ in the seed alone; ValueError for two that differ in nothing, or in their test
+    images.
+    """
+    averages = [average for average in AVERAGES if all(average in one for one in results)]
+    titles = [f"{metric} {AVERAGES[average]}" for average in averages for metric in ("mIoU", "F1")]
+    rows = {}
+    results = sorted(results, key=lambda result: [*SKIPS].index(result["args"]["skip"]))
+    groups = group_by(results, lambda result: (
+        result["args"]["data"], result["args"]["split"],
+        result.get("data", result["args"]["data"]), network_name(result), result["args"]["skip"]))
+    for (data, split, scored_on, name, skip), group in sorted(groups.items(),
+                                                              key=lambda item: item[0][:4]):
+        seeds = [result["args"]["seed"] for result in group]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"two runs of {data}, {split}, {name}, {skip} have one seed, of "
+                             f"{seeds}: leave out one of them")
+        if len({tuple(result.get("images", ())) for result in group}) > 1:
+            raise ValueError(f"runs of {data}, {split}, {name}, {skip} have different test images: "
+                             "leave out those of other prepared data")
+        is_papers = split == "tile" and scored_on == data and name == group[0]["args"]["model"]
+        paper = PAPER.get((data, name, skip)) if is_papers else None
+        cells = []
+        for average in averages:
+            for k, metric in enumerate(("iou", "f1")):
+                cell = mean_and_deviation([result[average][metric] for result in group])
+                note = f" ({paper[k]:.2f})" if paper and average == "per_tile" else ""
+                cells.append(cell + note)
+        title = f"{data}, {split} split" + ("" if scored_on == data else f", scored on {scored_on}")
+        rows.setdefault(f"**{title}**", []).append([name, skip, *cells, len(group)])
+    return "\n\n".join(f"{title}\n\n{markdown(['Model', 'Skip', *titles, 'Runs'], lines)}"
+                       for title, lines in rows.items())
+
+
 def skip_differences(results):
     """Per-tile test IoU of every skip minus that of each skip before it, seed by seed.
 
@@ -253,7 +290,7 @@ def skip_differences(results):
     """
     tables = {}
     groups = group_by(results, lambda result: (result["args"]["data"], result["args"]["split"],
-                                               label(result)))
+                                               network_name(result)))
     for (data, split, name), group in groups.items():
         by_seed = {(result["args"]["skip"], result["args"]["seed"]): result for result in group
                    if result["per_tile"]["iou"] is not None}
@@ -290,43 +327,8 @@ def skip_differences(results):
                        for n, rows in sorted(tables.items(), reverse=True))
 
 
-def student_t(df):
-    """Student's t with `df` degrees of freedom -> angles, P(|t| < sqrt(df) tan(angle)), arrays.
-
-    The angles go from 0 to pi / 2. In them, the density is cos(angle)^(df - 1), up to a factor.
-    """
-    angles = np.linspace(0, math.pi / 2, 100_001)
-    below = (np.cos((angles[1:] + angles[:-1]) / 2)**(df - 1)).cumsum()
-    return angles, np.concatenate(([0], below / below[-1]))
-
-
-def t_quantile(df, probability):
-    """Two-sided quantile of Student's t: |t| stays below it with this probability."""
-    angles, below = student_t(df)
-    return math.sqrt(df) * math.tan(np.interp(probability, below, angles))
-
-
-def confidence_interval(differences):
-    """95 % confidence interval of the mean difference -> text, in points."""
-    n, mean = len(differences), statistics.mean(differences)
-    half = t_quantile(n - 1, 0.95) * statistics.stdev(differences) / math.sqrt(n)
-    return f"{100 * (mean - half):+.2f} to {100 * (mean + half):+.2f}"
-
-
-def pairs_needed(differences):
-    """How many pairs of runs a paired t test needs to detect a true difference of 1 point.
-
-    Two-sided level of 5 %, power of 80 %, the spread as found: a point must be as many standard
-    errors as t exceeds in one of forty cases, and as many more as it exceeds in one of five.
-    """
-    deviation = 100 * statistics.stdev(differences)
-    fewest = max(2, int((2.8 * deviation)**2))  # 2.8 is the limit of their sum, 1.96 + 0.84
-    return next(n for n in itertools.count(fewest)
-                if n >= ((t_quantile(n - 1, 0.95) + t_quantile(n - 1, 0.6)) * deviation)**2)
-
-
 def one_flag_more(results):
-    """What one flag more changes in the IoU per tile, of validation and of test, seed by seed.
+    """Ablations: what one flag more changes in the IoU per tile, of validation and test tiles.
 
     Each group of runs has a row with its scores. Below it stands a row for each single flag with
     which these runs were repeated: the differences that it makes, all else being the same. The best
@@ -340,8 +342,7 @@ def one_flag_more(results):
                       lambda result: result["per_tile"]["iou"])
     groups = group_by((result for result in results if result["per_tile"]["iou"] is not None),
                       lambda result: (result["args"]["data"], result["args"]["split"],
-                                      result["args"]["skip"],
-                                      result["args"].get("recipe", result["args"]["data"]),
+                                      result["args"]["skip"], result["args"]["recipe"],
                                       result["args"]["model"], result["recipe_version"],
                                       result["weights"]))
     for (data, split, skip, *_), group in groups.items():
@@ -356,7 +357,7 @@ def one_flag_more(results):
                     differences = ([iou(one) - iou(other) for one, other in pairs] for iou in ious)
                     changes.append(["", flag(*added), "", *map(mean_and_error, differences)])
             if changes:
-                rows += [[f"{data}, {split}", label(without[0]), skip,
+                rows += [[f"{data}, {split}", network_name(without[0]), skip,
                           *(mean_and_deviation(map(iou, without)) for iou in ious)], *changes]
     return markdown(["Data, split", "Model; one flag more", "Skip", "Validation IoU, best epoch",
                      "its last five epochs", "Test IoU"], rows)
@@ -382,7 +383,7 @@ def time_to_paper(results):
         paper = PAPER[data, model, skip][0]
         ious = [100 * row["val_iou_per_tile"] for row in result["log"]]
         epoch = next((epoch for epoch, iou in enumerate(ious) if iou >= paper), None)
-        rows.append([data, label(result), skip, result["args"]["seed"], f"{paper:.2f}",
+        rows.append([data, network_name(result), skip, result["args"]["seed"], f"{paper:.2f}",
                      "not reached" if epoch is None else
                      f"{result['seconds'][epoch] / 60:.1f} min, epoch {epoch + 1}",
                      percent(best_validation_iou(result)),
@@ -399,8 +400,8 @@ def whole_image_dice(results):
     runs if that is not all of its row's; ValueError for two of one seed.
     """
     def row(result):
-        return ("{data}, {split}".format(**result["args"]), label(result), result["args"]["skip"],
-                len(result["ensemble"]) if "ensemble" in result else 1)
+        return ("{data}, {split}".format(**result["args"]), network_name(result),
+                result["args"]["skip"], len(result["ensemble"]) if "ensemble" in result else 1)
 
     def dice(result):  # -> {title of a column: Dice, 0..1}; tiles always have one view
         whole = f"{result['data']}, {'8 views' if result['tta'] else '1 view'}"
@@ -430,7 +431,7 @@ def training_curves(results):
     pictures = {}
     for result in results:
         picture = "curves-{data}-{split}-{model}.png".format(**result["args"])
-        line = f"{label(result)}, {result['args']['skip']} skip"
+        line = f"{network_name(result)}, {result['args']['skip']} skip"
         pictures.setdefault(picture, {}).setdefault(line, []).append(result["log"])
     return {picture: {f"{line}, {len(logs)} seed{'s' if len(logs) > 1 else ''}": logs
                       for line, logs in lines.items()} for picture, lines in pictures.items()}

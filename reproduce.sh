@@ -34,21 +34,21 @@ done
   exit 2
 }
 
-cells=()
+runs=()
 for seed in $seeds; do for model in $models; do for skip in $skips; do
-  cells+=("--model $model --skip $skip --seed $seed")
+  runs+=("--model $model --skip $skip --seed $seed")
 done; done; done
 
-worker() {  # NUMBER: train cells NUMBER, NUMBER + jobs, ..., one after the other
+worker() {  # NUMBER: train runs NUMBER, NUMBER + jobs, ..., one after the other
   local i log
   [ ${#gpus[@]} -lt 2 ] || export CUDA_VISIBLE_DEVICES=${gpus[$1 % ${#gpus[@]}]}
   [ "$jobs" -lt 2 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-  for ((i = $1; i < ${#cells[@]}; i += jobs)); do
-    log=runs/$data$(sed 's/ *--[a-z]* /-/g' <<<" ${cells[i]}").log
-    echo "$data ${cells[i]}: see $log"
+  for ((i = $1; i < ${#runs[@]}; i += jobs)); do
+    log=runs/$data$(sed 's/ *--[a-z]* /-/g' <<<" ${runs[i]}").log
+    echo "$data ${runs[i]}: see $log"
     # shellcheck disable=SC2086
-    "$python" "$here/train.py" --data "$data" ${cells[i]} --resume ${flags[@]+"${flags[@]}"} \
-      >>"$log" 2>&1 || echo "$data ${cells[i]}: $(tail -n 1 "$log")" >>"$failed"
+    "$python" "$here/train.py" --data "$data" ${runs[i]} --resume ${flags[@]+"${flags[@]}"} \
+      >>"$log" 2>&1 || echo "$data ${runs[i]}: $(tail -n 1 "$log")" >>"$failed"
   done
 }
 

@@ -47,7 +47,10 @@ def smooth(rng, rows, columns=None):
 
 
 def blobs(rng, number, radii, densities, clustered=0.0):
-    """Bumpy ellipses -> mode L image, each of one density x 100; `clustered` is how many touch."""
+    """Draw bumpy ellipses, each filled with 100 x its density -> mode L image.
+
+    `clustered` is the chance that one touches an earlier one.
+    """
     picture, centres = Image.new("L", (TILE, TILE)), []
     for _ in range(number):
         radius, centre = rng.uniform(*radii), rng.uniform(0, TILE, 2)

@@ -1,4 +1,4 @@
-"""Train the paper's networks (3.2, Training), U-Net or Swin-UNet with one of three kinds of skip.
+"""Train the paper's networks (3.2, Training): U-Net or Swin-UNet, with one of three kinds of skip.
 
     python train.py                                               # synthetic data, minutes, CPU
     python train.py --model unet --skip conv --data monuseg       # the paper's run
@@ -24,22 +24,25 @@ import related  # noqa: F401, its skips and networks join SKIPS and MODELS
 from data import (COLOURS, SPLITS, WARPS, fingerprint, load, normalize, read_info, set_of,
                   split_tiles, train_batches, whole_images)
 from eval import compute_metrics, evaluate, metrics_table, scored_labels
-from losses import (COMMON, LOSSES, RECIPE_VERSION, RECIPES, SCHEDULES, loss_for, recipe_for,
-                    recipe_overrides)
+from losses import LOSSES, loss_for
 from models import MODELS, MAX_SKIP_DEPTH, SKIPS, build_model, create_model
 from plots import draw_curves
+from recipes import COMMON, RECIPE_VERSION, RECIPES, SCHEDULES, recipe_for, recipe_overrides
 from report import read_scores
-from utils import (ARGS, CHECKPOINT, autocast, device_name, leave_processes, load_checkpoint,
-                   lock_folder, number, on_rank_0, pick_device, print_progress, run_cli,
-                   save_checkpoint, setup_processes, write_atomic)
+from utils import (ARGS_SCHEMA, CHECKPOINT_SCHEMA, autocast, device_name, leave_processes,
+                   load_checkpoint, lock_folder, number, on_rank_0, pick_device, print_progress,
+                   run_cli, save_checkpoint, setup_processes, write_atomic)
 
 
 # The flags that checkpoints and scores.json record: all on which a run's digits depend by more than
-# rounding, except the origin of pretrained weights, which has an entry of its own, "weights".
-RECORDED = (*ARGS, "recipe", *COMMON)
+# rounding. (The origin of pretrained weights has an entry of its own, "weights". The number of
+# processes matters, too, but is torchrun's.)
+RECORDED = [*ARGS_SCHEMA | COMMON]
 
 # Seconds: an epoch that ends so soon after a save is not saved, unless it is the best or the last.
 SAVE_GAP = 30
+
+LOWER_RATE = "try a smaller --lr in another --out; if {} exists, it holds the last good state"
 
 
 def parse_args(argv=None):
@@ -50,11 +53,12 @@ def parse_args(argv=None):
                      if "swin_unet" in recipe)
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="Where no default is named, it is the recipe's, in losses.py. The paper's recipes: "
+        epilog="Where no default is named, it is the recipe's, in recipes.py. The paper's recipes: "
                f"{papers}; swin_unet: --lr {swin}. A set of your own takes monuseg's if it has one "
                "class, else that of bcss.")
     # What to train
-    parser.add_argument("--model", choices=MODELS, default="unet", help="network (default: unet)")
+    parser.add_argument("--model", choices=MODELS, default="unet",
+                        help="network; double_unet is another paper's (default: unet)")
     parser.add_argument("--skip", choices=SKIPS, default="standard",
                         help="skip connections; nested and fusionunet are other papers' (default: "
                         "standard)")
@@ -142,10 +146,10 @@ def complete(args, parser):
         parser.error("--classes is for synthetic: other sets have the classes of their masks")
     info, pretrained = read_info(args.data, args.data_root), MODELS[args.model].pretrained
     if args.width and pretrained:
-        parser.error(f"--width is the U-Net's: {args.model}'s widths are fixed")
+        parser.error(f"--width is the U-Net's: the widths of {args.model} are fixed")
     if (args.weights or args.no_pretrained) and not pretrained:
         parser.error("--weights and --no-pretrained are for networks that start from ImageNet's "
-                     "weights: the U-Net starts from scratch")
+                     f"weights: {args.model} starts from scratch")
     if args.augment:
         if len(args.augment) > 1 and {"all", "none"} & {*args.augment}:
             parser.error("--augment: all and none stand alone")
@@ -155,13 +159,14 @@ def complete(args, parser):
     args.recipe = info["recipe"] + (" strong" if args.recipe == "strong" else "")
     args.split = args.split or info["split"]
     if args.classes and args.recipe.endswith(" strong") and not args.loss:
-        args.loss = "ce+dice"  # the recipe's own is of one class
+        args.loss = "ce+dice"  # the recipe's own, bce+dice, is for one class
     for name, value in recipe_for(args.recipe, args.model).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.windows and args.split == "tile":
         parser.error("--windows cuts tiles out of whole images, of which --split tile tests on "
-                     "parts: give --split image or official, or --windows 0")
+                     "parts: give --split image, official if the set came in parts, or "
+                     "--windows 0")
     args.out = args.out or default_folder(args, info["split"])
     return args
 
@@ -190,7 +195,7 @@ def main(args):
     tiles, parts, wholes = load_data(args, device, world_size)
     num_classes = len(tiles.info["classes"])
     loss_fn = loss_for(num_classes, args.ignore_index, args.loss)
-    raw_model, scored, optimizer, scaler = build_training(args, num_classes, device)
+    raw_model, eval_model, optimizer, scaler = build_training(args, num_classes, device)
     num_steps = len(parts["train"]) // args.batch_size  # in an epoch
     memory_format = memory_format_for(device, args.bf16)
 
@@ -200,7 +205,7 @@ def main(args):
            "recipe_version": RECIPE_VERSION, "weights": "from scratch", "step": 0,
            "losses": torch.zeros(num_steps), "log": [], "seconds": [], "elapsed": 0.0}
     on_rank_0(open_folder, args)
-    run |= start_or_resume(args, run, raw_model, scored, optimizer, scaler)
+    run |= start_or_resume(args, run, raw_model, eval_model, optimizer, scaler)
     log, losses, total = run["log"], run["losses"].to(device), args.epochs * num_steps
     if run["step"] == total and (scores := on_rank_0(finished_scores, args.out, log)):
         print(f"{args.out} is finished; its scores are in scores.json")
@@ -208,13 +213,13 @@ def main(args):
         return scores["per_tile"]["iou"]
     model = wrap(raw_model, args.compile, device, world_size)
     print_start(args, raw_model, run["weights"], parts, device)
-    start = saved = shown = time.time()
-    first, began = run["step"], start - run["elapsed"]  # began: if never interrupted
+    start = last_save = last_print = time.time()
+    first_step, began = run["step"], start - run["elapsed"]  # began: as if never interrupted
 
     def save(name, **more):
         if rank == 0:
             run["losses"], run["elapsed"] = losses.cpu(), time.time() - began
-            save_checkpoint(args.out / name, run | {"model": scored.state_dict()} | more)
+            save_checkpoint(args.out / name, run | {"model": eval_model.state_dict()} | more)
 
     def save_last(epoch, batch_index):
         check_finite(losses[:batch_index + 1], epoch, "step", args.out)
@@ -222,12 +227,13 @@ def main(args):
         save("last.pt", trained=raw_model.state_dict(), optimizer=optimizer.state_dict(),
              scaler=scaler.state_dict())
 
-    if rank == 0 and log and first % num_steps == 0:
+    if rank == 0 and log and first_step % num_steps == 0:
         finish_epoch(args.out, log, save)  # a kill may have come between an epoch's writes
-    batches = train_batches(tiles, parts["train"], args.batch_size, args.seed, first, total, device,
-                            rank, world_size, args.augment, wholes, args.windows, args.stain)
+    batches = train_batches(tiles, parts["train"], args.batch_size, args.seed, first_step, total,
+                            device, rank, world_size, args.augment, wholes, args.windows,
+                            args.stain)
     model.train()
-    for step, (images, masks) in enumerate(batches, first):
+    for step, (images, masks) in enumerate(batches, first_step):
         # Forward, backward, step. The scaler does nothing except for float16.
         epoch, batch_index = step // num_steps + 1, step % num_steps  # counted from 1 and from 0
         for group in optimizer.param_groups:
@@ -240,34 +246,35 @@ def main(args):
         scaler.update()
         optimizer.zero_grad()
         if args.ema:
-            update_ema(scored, raw_model, step, args.ema)
+            update_ema(eval_model, raw_model, step, args.ema)
         losses[batch_index] = loss.detach() / world_size
         if world_size > 1:
             dist.all_reduce(losses[batch_index])  # the sum: the mean over the whole batch
         run["step"], now, last_of_epoch = step + 1, time.time(), batch_index == num_steps - 1
 
         # Print progress once a second, as reading the loss waits for the GPU. Save now and then.
-        if (rank == 0 and now - shown > 1) or last_of_epoch:
-            shown = now
+        if (rank == 0 and now - last_print > 1) or last_of_epoch:
+            last_print = now
             check_finite(losses[:batch_index + 1], epoch, "step", args.out)
-            speed = args.batch_size * (run["step"] - first) / max(now - start, 1e-3)
+            speed = args.batch_size * (run["step"] - first_step) / max(now - start, 1e-3)
             eta = timedelta(seconds=round((total - run["step"]) * args.batch_size / speed))
             print_progress(f"epoch {epoch}/{args.epochs} step {batch_index + 1}/{num_steps}: loss "
                            f"{losses[batch_index].item():.4f}, {speed:.1f} images/s, {eta} left")
-        if rank == 0 and now - saved > 60 * args.save_every and not last_of_epoch:
+        if rank == 0 and now - last_save > 60 * args.save_every and not last_of_epoch:
             save_last(epoch, batch_index)
-            saved = now
+            last_save = now
         if not last_of_epoch:
             continue
 
         # Validate; write what it takes to go on (see SAVE_GAP), the log, the best epoch's weights.
         row = {"epoch": epoch, "train_loss": losses.mean().item()} | validate(
-            args, epoch, scored, tiles, parts["val"], loss_fn, device, rank, world_size)
+            args, epoch, eval_model, tiles, parts["val"], loss_fn, device, rank, world_size)
         log.append(row)
         run["seconds"].append(time.time() - began)
-        if is_best(log) or run["step"] == total or (rank == 0 and time.time() - saved > SAVE_GAP):
+        gap = time.time() - last_save
+        if is_best(log) or run["step"] == total or (rank == 0 and gap > SAVE_GAP):
             save_last(epoch, batch_index)
-            saved = time.time()
+            last_save = time.time()
         if rank == 0:
             finish_epoch(args.out, log, save)
         print_progress(f"epoch {epoch}/{args.epochs}: train loss {row['train_loss']:.4f}, val "
@@ -331,10 +338,10 @@ def read_data(args, world_size):
 
 
 def build_training(args, num_classes, device):
-    """Build what is trained -> network, scored network, optimizer, scaler.
+    """Build what is trained -> network, `eval_model`, optimizer, gradient scaler.
 
-    The scored network is the moving average of the weights with --ema, else the network itself. The
-    gradient scaler is enabled for float16 alone. Raises ValueError for --bf16 on MPS.
+    What is scored, eval_model, is the moving average of the weights with --ema, else the network
+    itself. The scaler is enabled for float16 alone. Raises ValueError for --bf16 on MPS.
     """
     if args.bf16 and device.type == "mps":
         raise ValueError("--bf16: MPS trains in float32: leave it out, or add --device cpu")
@@ -371,7 +378,7 @@ def update_ema(ema, model, step, decay):
 
 
 def memory_format_for(device, bf16):
-    """Feature maps lie channels last, except in float32 on CPUs without AVX-512: slower there."""
+    """Channels last on CUDA, in bfloat16 and on CPUs with AVX-512; elsewhere slower or untried."""
     faster = bf16 or device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
     return torch.channels_last if faster else torch.contiguous_format
 
@@ -392,8 +399,8 @@ def open_folder(args):
     args.lock = lock_folder(args.out)  # held as long as `args` exists
 
 
-def start_or_resume(args, run, model, scored, optimizer, scaler):
-    """Load last.pt into model, `scored` (the same, or its average), optimizer and scaler.
+def start_or_resume(args, run, model, eval_model, optimizer, scaler):
+    """Load last.pt into model, `eval_model` (the same, or its average), optimizer and scaler.
 
     Without a last.pt a new run starts: a pretrained network then loads its encoder's weights.
     Returns the entries of `run` that this changes -> dict. Raises ValueError if last.pt cannot be
@@ -412,7 +419,7 @@ def start_or_resume(args, run, model, scored, optimizer, scaler):
         if asked != started:
             raise ValueError(f"{args.out / 'last.pt'}: started with {started}, not {asked}: give "
                              "the same, or another --out")
-        scored.load_state_dict(checkpoint["model"])
+        eval_model.load_state_dict(checkpoint["model"])
         model.load_state_dict(checkpoint["trained"])
         optimizer.load_state_dict(optimizer.state_dict() | {
             "state": checkpoint["optimizer"]["state"]})
@@ -429,7 +436,7 @@ def start_or_resume(args, run, model, scored, optimizer, scaler):
         if dist.is_initialized():
             for value in model.state_dict().values():
                 dist.broadcast(value, 0)
-        scored.load_state_dict(model.state_dict())
+        eval_model.load_state_dict(model.state_dict())
         return {"weights": weights}
     return {}
 
@@ -442,13 +449,12 @@ def read_last(path, run, optimizer):
     """
     if not path.exists():
         return None
-    checkpoint = load_checkpoint(path, CHECKPOINT | {
-        "recipe_version": int, "step": int, "losses": torch.Tensor, "seconds": [float],
-        "elapsed": float, "trained": {str: torch.Tensor}, "optimizer": {"state": {int: dict}},
-        "scaler": dict})
+    checkpoint = load_checkpoint(path, CHECKPOINT_SCHEMA | {
+        "step": int, "losses": torch.Tensor, "seconds": [float], "elapsed": float,
+        "trained": {str: torch.Tensor}, "optimizer": {"state": {int: dict}}, "scaler": dict})
     for name in ("data", "model", "recipe", *run["args"]):  # first those on which others depend
         value = run["args"][name]
-        trained = checkpoint["args"].get(name, COMMON.get(name))  # older ones name fewer
+        trained = checkpoint["args"].get(name, COMMON.get(name))  # of a flag added since
         # A run may be lengthened, unless its learning rate depends on its length.
         if trained != value and (name != "epochs" or run["args"]["schedule"] != "constant"):
             raise ValueError(f"--{name.replace('_', '-')} {value}: {path} was trained with "
@@ -524,9 +530,6 @@ def validate(args, epoch, model, tiles, indices, loss_fn, device, rank, world_si
     return {"val_loss": losses.mean().item(),
             **{f"val_{name}_{average}": metrics[average][name] or 0.0  # None: no class on any tile
                for average in ("per_tile", "global") for name in ("iou", "f1")}}
-
-
-LOWER_RATE = "try a smaller --lr in another --out; if {} exists, it holds the last good state"
 
 
 def check_finite(losses, epoch, what, out):

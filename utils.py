@@ -49,20 +49,19 @@ def write_atomic(path):
     path = Path(os.path.realpath(path))
     partial = path.with_name(f".partial-{path.name}")
     try:
-        try:
-            with open(partial, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
     except OSError as error:
         if error.errno is None or isinstance(error, BrokenPipeError):
             raise  # of another file, or of our output
         raise OSError(f"{path}: cannot be written ({error.strerror or error}); if there was one "
                       "before, it is untouched") from None
+    finally:
+        if os.path.exists(partial):  # something has failed
+            partial.unlink()
 
 
 def lock_folder(folder):
@@ -110,11 +109,14 @@ def first_mismatch(value, schema, name="content"):
     return next((wrong for part in parts if (wrong := first_mismatch(*part))), None)
 
 
-LOG = [{"train_loss": float, "val_loss": float, "val_iou_per_tile": float}]  # a dict per epoch
-ARGS = {"model": str, "skip": str, "data": str, "split": str, "seed": int, "epochs": int,
-        "batch_size": int, "lr": float, "width": int, "ignore_index": [int]}
-CHECKPOINT = {"model": {str: torch.Tensor}, "args": ARGS, "num_classes": int, "split": str,
-              "weights": str, "log": LOG}
+# What files must hold, as `first_mismatch` takes it; train.py writes more.
+LOG_SCHEMA = [{"train_loss": float, "val_loss": float, "val_iou_per_tile": float}]  # by epoch
+ARGS_SCHEMA = {"model": str, "skip": str, "data": str, "split": str, "seed": int, "epochs": int,
+               "batch_size": int, "lr": float, "width": int, "ignore_index": [int],
+               "recipe": str, "skip_depth": int}
+CHECKPOINT_SCHEMA = {"model": {str: torch.Tensor}, "args": ARGS_SCHEMA, "num_classes": int,
+                     "set": dict, "split": str, "data_root": str, "recipe_version": int,
+                     "weights": str, "log": LOG_SCHEMA}
 
 
 def save_checkpoint(path, checkpoint):
@@ -128,7 +130,7 @@ def save_checkpoint(path, checkpoint):
         file.write(buffer.getbuffer())
 
 
-def load_checkpoint(path, schema=CHECKPOINT):
+def load_checkpoint(path, schema=CHECKPOINT_SCHEMA):
     """Read a checkpoint that train.py wrote -> dict of plain values and tensors on the CPU.
 
     Raises FileNotFoundError or another OSError if it cannot be read, ValueError if it is damaged or
@@ -160,7 +162,8 @@ next_line_at = time.time() + 5  # seconds; when a pipe or file gets its next lin
 def print_progress(line):
     """Show progress: a line that ends in a newline stays, any other is replaced by the next one.
 
-    Where standard output is no terminal, the latter appear as plain lines, one a minute.
+    Where standard output is no terminal, the latter appear as plain lines: the first after five
+    seconds, then one a minute.
     """
     global next_line_at
     if sys.stdout is None:  # closed

@@ -51,7 +51,8 @@ def made_up_tiles(*_):
         top, left, height, width = *rng.integers(0, 16, 2), *rng.integers(8, 16, 2)
         mask[top:top + height, left:left + width] = 1
     images = 200 - 110 * masks[..., None] + rng.integers(-30, 30, (16, 32, 32, 3))
-    rows = [(f"image-{i // 2}", 0, i % 2, "test" if i > 11 else "train") for i in range(16)]
+    rows = [(f"image-{i // 2}", 0, i % 2, "test" if i > 11 else "train", 0, 32 * (i % 2))
+            for i in range(16)]
     return data.Tiles(torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(masks), rows,
                       data.SETS["monuseg"])
 
@@ -88,10 +89,12 @@ def save_network(path, model, skip="conv", num_classes=1, width=2, name="monuseg
     """Write a checkpoint of an untrained network, as train.py writes its best.pt -> path."""
     torch.manual_seed(0)
     args = {"model": model, "skip": skip, "data": name, "split": "tile", "seed": 0, "epochs": 1,
-            "batch_size": 8, "lr": 1e-3, "width": width, "ignore_index": []}
+            "batch_size": 8, "lr": 1e-3, "width": width, "ignore_index": [], "recipe": "monuseg",
+            "skip_depth": 1}
     log = [{"epoch": 1, "train_loss": 0.5, "val_loss": 0.5, "val_iou_per_tile": 0.5}]
     torch.save({"model": create_model(model, skip, num_classes, width).state_dict(), "args": args,
-                "num_classes": num_classes, "split": "", "weights": "from scratch", "log": log},
+                "num_classes": num_classes, "set": data.SETS.get(name, {}), "split": "",
+                "data_root": "data", "recipe_version": 3, "weights": "from scratch", "log": log},
                path)
     return path
 

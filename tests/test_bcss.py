@@ -86,7 +86,7 @@ def test_archive_becomes_tiles_with_their_labels(name, tmp_path):
     images, masks, rows = tiles.images, tiles.masks, tiles.rows
     assert images.shape == (12, 224, 224, 3) and masks.shape == (12, 224, 224)
     assert [row[3] for row in rows] == ["train"] * 8 + ["val"] * 4
-    assert rows[1] == ("TCGA-A1-A0S0-DX1_xmin40_ymin250_MPP-0", 560, 0, "train")
+    assert rows[1] == ("TCGA-A1-A0S0-DX1_xmin40_ymin250_MPP-0", 560, 0, "train", 0, 0)
     assert masks[:, :, :112].max() == 0  # nearest: labels do not mix at their border
     first = 20 if name == "bcss512" else 1
     assert (masks[:, 0, 112] - first).tolist() == [0, 1, 0, 1, 1, 0, 1, 0, 0, 1, 0, 1]

@@ -10,7 +10,7 @@ import torch
 import benchmark
 from benchmark import NaiveFusion, build_step, naive_batch
 from data import (BRIGHTNESS, CHANCE, Tiles, augment, draw_augmentation, get_batch,
-                  seeded_generator, synthetic)
+                  seeded_generator, synthetic_tiles)
 from models import FusionSkip
 
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def test_the_baseline_learns_the_same_from_a_batch(skip, monkeypatch):
     calls, forward = [], NaiveFusion.forward
     monkeypatch.setattr(NaiveFusion, "forward",
                         lambda self, features: calls.append(1) or forward(self, features))
-    batch = get_batch(synthetic(1), torch.arange(1), CPU)
+    batch = get_batch(synthetic_tiles(1), torch.arange(1), CPU)
     losses = []
     for naive in False, True:
         step = build_step(flags("--width 2"), "unet", skip, *batch, CPU, naive)
@@ -54,7 +54,7 @@ def test_the_baseline_learns_the_same_from_a_batch(skip, monkeypatch):
 
 
 def test_the_baseline_replaces_every_fusion_skip():
-    batch = get_batch(synthetic(1), torch.arange(1), CPU)
+    batch = get_batch(synthetic_tiles(1), torch.arange(1), CPU)
     step = build_step(flags("--width 2"), "double_unet", "fusion", *batch, CPU, naive=True)
     network = inspect.getclosurevars(step).nonlocals["network"]
     assert [type(skip) for skip in network.skip] == [NaiveFusion, NaiveFusion]

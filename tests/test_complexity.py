@@ -69,7 +69,7 @@ def copied(finished, tmp_path, monkeypatch):
 
 
 def forget(folder, name):
-    """Remove a cell's run and scores."""
+    """Remove a run and its scores."""
     shutil.rmtree(folder / "runs/complexity" / name)
     (folder / f"results/complexity/{name}.json").unlink()
 
@@ -115,9 +115,9 @@ def test_the_grain_changes_the_tiles_and_a_set_that_is_there_is_not_drawn_again(
 
 
 def test_the_plan_is_seed_by_seed_within_each_block():
-    cells = complexity.all_cells()
-    assert len(cells) == len(set(cells)) == 5 * 5 * 3 + 3 * 5 * 3 + 5 * 5 * 2 + 4 * 5 * 2
-    blocks = cells[:75], cells[75:120], cells[120:170], cells[170:]
+    runs = complexity.all_runs()
+    assert len(runs) == len(set(runs)) == 5 * 5 * 3 + 3 * 5 * 3 + 5 * 5 * 2 + 4 * 5 * 2
+    blocks = runs[:75], runs[75:120], runs[120:170], runs[170:]
     for block in blocks:
         seeds = [seed for _, _, seed in block]
         assert seeds == sorted(seeds) and {seeds.count(seed) for seed in range(5)} == {
@@ -127,20 +127,20 @@ def test_the_plan_is_seed_by_seed_within_each_block():
     assert {which for which, _, _ in blocks[3]} == {(k, 40, 3) for k in (3, 6, 12, 22)}
 
 
-def test_every_cell_is_trained_once_and_alike(finished):
-    cells = [(k, skip, seed, "", "") for seed in (0, 1) for k in (1, 3)
+def test_every_run_is_trained_once_and_alike(finished):
+    runs = [(k, skip, seed, "", "") for seed in (0, 1) for k in (1, 3)
              for skip in ("standard", "fusion")]
-    cells += [(3, skip, seed, " --epochs 2", "-2epochs") for seed in (0, 1)
+    runs += [(3, skip, seed, " --epochs 2", "-2epochs") for seed in (0, 1)
               for skip in ("standard", "fusion")]
     assert [call.replace(os.sep, "/") for call in finished.calls] == [
         f"--model unet --skip {skip} --data tissue-k{k:02}-grain040 --split official --seed {seed} "
         f"--width 2 --epochs 1 --batch-size 2{longer} --device cpu --resume --data-root data --out "
         f"runs/complexity/tissue-k{k:02}-grain040-{skip}{name}-seed{seed}"
-        for k, skip, seed, longer, name in cells]
-    assert len(list((finished.folder / "results/complexity").glob("*.json"))) == len(cells)
+        for k, skip, seed, longer, name in runs]
+    assert len(list((finished.folder / "results/complexity").glob("*.json"))) == len(runs)
 
 
-def test_a_cell_is_trained_by_a_process_of_one_thread(copied):
+def test_a_run_is_trained_by_a_process_of_one_thread(copied):
     path = copied / "results/complexity/tissue-k01-grain040-fusion-seed1.json"
     before = json.loads(path.read_text())
     forget(copied, path.stem)
@@ -157,11 +157,11 @@ def test_what_is_finished_is_not_trained_again(copied):
     assert "--skip standard --data tissue-k03-grain040 --split official --seed 1" in call
 
 
-def test_a_cell_that_fails_stops_no_other(copied):
+def test_a_run_that_fails_stops_no_other(copied):
     failing, other = "tissue-k03-grain040-fusion-seed0", "tissue-k01-grain040-standard-seed1"
     forget(copied, failing), forget(copied, other)
     (copied / "data/tissue-k03-grain040/masks.npy").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=f"1 cells failed, first {failing}: exit status 2, .*dama"):
+    with pytest.raises(ValueError, match=f"1 runs failed, first {failing}: exit status 2, .*dama"):
         experiment()
     page = (copied / "results/complexity/README.md").read_text("utf-8")
     assert (copied / f"results/complexity/{other}.json").exists()
@@ -211,11 +211,11 @@ def test_report_trains_nothing_and_keeps_the_words_of_the_page(copied):
     assert Path("results/complexity/differences.png").stat().st_size > 1000
 
 
-def test_the_committed_page_is_what_its_cells_give():
+def test_the_committed_page_is_what_its_runs_give():
     page = ROOT / "results/complexity/README.md"
-    paths = {cell: page.with_name(f"{complexity.cell_name(*cell)}.json")
-             for cell in complexity.all_cells()}
-    results = {cell: read_scores(path) for cell, path in paths.items() if path.exists()}
+    paths = {run: page.with_name(f"{complexity.run_name(*run)}.json")
+             for run in complexity.all_runs()}
+    results = {run: read_scores(path) for run, path in paths.items() if path.exists()}
     for flag, text in zip(complexity.RECIPE[::2], complexity.RECIPE[1::2]):
         values = {result["args"][flag[2:].replace("-", "_")]
                   for (data_set, _, _), result in results.items() if len(data_set) == 2}

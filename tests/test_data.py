@@ -26,8 +26,8 @@ from PIL import Image
 import data
 import plots
 import synthetic as synthetic_tissue
-from losses import RECIPE_VERSION
 from raw import MONUSEG_LATER, MONUSEG_TEST, READERS, read_monuseg, read_polygons
+from recipes import RECIPE_VERSION
 
 SQUARE = [(100, 100), (400, 100), (400, 300), (100, 300)]
 LATER = MONUSEG_LATER[1]
@@ -55,8 +55,8 @@ def write_prepared(root, n):
     folder.mkdir()
     np.save(folder / "images.npy", noise(n, 224, 224, 3))
     np.save(folder / "masks.npy", noise(n, 224, 224, high=2))
-    (folder / "tiles.csv").write_text("image,row,column,official\n" + "a,0,1,train\n" * n,
-                                      newline="\n")
+    (folder / "tiles.csv").write_text("image,row,column,official,top,left\n"
+                                      + "a,0,1,train,0,224\n" * n, newline="\n")
     return folder
 
 
@@ -111,7 +111,7 @@ def test_tiles_reassemble_to_the_resized_image(tmp_path):
     assert len(tiles.images) == len(tiles.masks) == len(tiles.rows) == 32
     for name, picture in pictures.items():
         image, mask = np.zeros((896, 896, 3), np.uint8), np.zeros((896, 896), np.uint8)
-        for i, (source, row, column, _) in enumerate(tiles.rows):
+        for i, (source, row, column, *_) in enumerate(tiles.rows):
             if source == name:
                 place = np.s_[224 * row:224 * row + 224, 224 * column:224 * column + 224]
                 image[place], mask[place] = tiles.images[i], tiles.masks[i]
@@ -123,12 +123,13 @@ def test_tiles_reassemble_to_the_resized_image(tmp_path):
 def test_tiles_csv_names_image_row_column_and_official_part(tmp_path):
     test = MONUSEG_TEST[0]
     prepare(write_raw(tmp_path / "raw", "a", test), tmp_path)
-    expected = [(name, row, column, part) for name, part in ((test, "test"), ("a", "train"))
+    expected = [(name, row, column, part, 224 * row, 224 * column)
+                for name, part in ((test, "test"), ("a", "train"))
                 for row in range(4) for column in range(4)]
     assert data.load("monuseg", tmp_path).rows == expected
     assert (tmp_path / "monuseg" / "tiles.csv").read_text().splitlines() == [
         "image,row,column,official,top,left",
-        *(",".join(map(str, (*row, 224 * row[1], 224 * row[2]))) for row in expected)]
+        *(",".join(map(str, row)) for row in expected)]
 
 
 @pytest.mark.parametrize("polygons, picture", [
@@ -189,7 +190,7 @@ def test_later_images_are_left_out_aloud_unless_asked_for(tmp_path, capsys, flag
     assert {row[0] for row in data.load("monuseg", tmp_path).rows} == kept
     said = capsys.readouterr().out
     assert bool(re.search(f"left out 1.*--later-images.*{LATER}", said)) == (LATER not in kept)
-    assert f"found {len(kept)} of the paper's 44 images" in said
+    assert "found 1 of the paper's 44 images" in said  # later ones are not among them
 
 
 def test_two_point_polygons_are_left_out_aloud(tmp_path, capsys):
@@ -421,8 +422,8 @@ BAD_PREPARED = {
     "labels beyond the classes": (masks(np.full((2, 224, 224), 2, np.uint8)),
                                   r"masks\.npy.* label 2\b.* 0 to 1\b"),
     "pickled objects": (masks(np.array([{}, None])), r"masks\.npy"),
-    "table too short": (edit("tiles.csv", lambda text: text[:-12]), r"images\.npy.* 1 "),
-    "table cut off": (edit("tiles.csv", lambda text: text[:-10]), r"tiles\.csv"),
+    "table too short": (edit("tiles.csv", lambda text: text[:-18]), r"images\.npy.* 1 "),
+    "table cut off": (edit("tiles.csv", lambda text: text[:-9]), r"tiles\.csv"),
     "several arrays": (lambda folder: np.savez(folder / "x.npz", noise(2, 2)) or
                        (folder / "x.npz").replace(folder / "images.npy"), r"images\.npy"),
     "table with an open quote": (put("tiles.csv", 'image,row\n"' + "a" * 2**18), r"tiles\.csv"),
@@ -489,7 +490,7 @@ def test_synthetic_set_is_whole_and_the_same_each_time(synthetic):
     assert images.dtype == masks.dtype == torch.uint8 and len(set(synthetic.rows)) == 100
     assert all(np.unique(mask).tolist() == [0, 1] for mask in masks)
     torch.manual_seed(1), np.random.seed(1)
-    again = data.synthetic(5)
+    again = data.synthetic_tiles(5)
     assert torch.equal(again.images, images[:5]) and torch.equal(again.masks, masks[:5])
     assert not torch.equal(masks[0], masks[1])
 
@@ -529,7 +530,7 @@ def test_classes_are_merged_labels_of_the_same_tiles(tissue, k):
     assert parent < k - 1
     fewer = synthetic_tissue.merge(labels, k - 1)
     assert (np.where(masks == k - 1, parent, masks) == fewer).all()
-    again = data.synthetic(1, k)
+    again = data.synthetic_tiles(1, k)
     assert (again.images.numpy() == images[:1]).all() and (again.masks.numpy() == masks[:1]).all()
     assert again.info["classes"] == list(synthetic_tissue.NAMES[:k])
 

@@ -1,4 +1,4 @@
-"""losses.py: values worked out by hand, torch's as reference, half precision, order; recipes."""
+"""losses.py: values worked out by hand, torch's as reference, half precision, order."""
 
 import math
 
@@ -6,11 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data import SETS
-from losses import (LOSSES, ONE_CLASS, RECIPE_VERSION, RECIPE_VERSIONS, RECIPES, SEVERAL_CLASSES,
-                    bce_loss, dice_loss, focal_loss, loss_for, recipe_for, recipe_overrides)
-from models import MODELS
-
+from losses import (LOSSES, ONE_CLASS, SEVERAL_CLASSES, bce_loss, dice_loss, focal_loss,
+                    loss_for)
 
 ce_dice_loss = LOSSES["ce+dice"]
 
@@ -138,35 +135,3 @@ def test_one_class_takes_bce_more_take_cross_entropy_and_dice():
     assert torch.equal(loss_for(1)(logits[:, :1], masks), bce_loss(logits[:, :1], masks))
     assert torch.equal(loss_for(3)(logits, masks), ce_dice_loss(logits, masks))
     assert torch.equal(loss_for(3, [0])(logits, masks), ce_dice_loss(logits, masks, ignore=[0]))
-
-
-# Recipes; that they are the paper's is tested with train.py's flags
-
-
-@pytest.mark.parametrize("data", SETS)
-@pytest.mark.parametrize("model", [*MODELS, "your_own"])
-def test_every_data_set_has_a_recipe_for_every_network(data, model):
-    name = SETS[data]["recipe"]
-    for recipe in name, f"{name} strong":
-        values = recipe_for(recipe, model)
-        assert all(values[flag] > 0 for flag in ("epochs", "batch_size", "lr", "width"))
-        assert not any(isinstance(value, dict) for value in values.values())
-
-
-@pytest.mark.parametrize("model, rate", [("unet", 2e-3), ("swin_unet", 2e-4)])
-def test_the_strong_recipe_has_a_rate_of_its_own(model, rate):
-    assert all(recipe_for(f"{name} strong", model)["lr"] == rate for name in SETS
-               if name in RECIPES)
-
-
-@pytest.mark.parametrize("changed", [{}, {"lr": 2e-3}, {"epochs": 5, "width": 16},
-                                     {"batch_size": 4, "ignore_index": [0, 7]}])
-def test_what_differs_from_a_recipe_is_told(changed):
-    args = {"data": "bcss512", "model": "unet", "skip": "conv", "split": "image", "seed": 3,
-            "ignore_index": [], **recipe_for("bcss512", "unet"), **changed}
-    expected = changed | ({"ignore_index": "0 7"} if "ignore_index" in changed else {})
-    assert recipe_overrides(args) == expected
-
-
-def test_the_present_recipe_is_the_last_of_those_described():
-    assert RECIPE_VERSION == max(RECIPE_VERSIONS) and all(RECIPE_VERSIONS.values())

@@ -422,11 +422,10 @@ def test_checkpoint_rebuilds_the_network(tmp_path):
     assert torch.equal(rebuilt(images), network(images))
 
 
-def test_checkpoint_of_a_run_before_skip_depth_is_of_depth_1(tmp_path):
-    """Its names are those of today: skip.convs.0.weight and so on."""
+def test_a_checkpoint_knows_its_skip_depth(tmp_path):
     path = save_network(tmp_path / "best.pt", "unet", "conv", 1, 4)
     checkpoint = load_checkpoint(path)
-    assert "skip_depth" not in checkpoint["args"] and "skip.convs.3.bias" in checkpoint["model"]
+    assert "skip.convs.3.bias" in checkpoint["model"]  # so it is called with a depth of 1
     deep = create_model("unet", "conv", 1, 4, skip_depth=2)
     build_model(checkpoint, path)
     checkpoint["args"]["skip_depth"] = 2

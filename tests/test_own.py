@@ -45,7 +45,7 @@ def test_every_pixel_of_an_image_is_in_a_tile(tmp_path, size):
     image, mask = (np.asarray(Image.open(tmp_path / "raw" / kind / "image-0.png"))
                    for kind in ("images", "masks"))
     seen = np.zeros(size, int)
-    for tile, labels, (_, row, column, _) in zip(tiles.images, tiles.masks, tiles.rows):
+    for tile, labels, (_, row, column, *_) in zip(tiles.images, tiles.masks, tiles.rows):
         y, x = min(224 * row, size[0] - 224), min(224 * column, size[1] - 224)
         assert (tile.numpy() == image[y:y + 224, x:x + 224]).all()
         assert (labels.numpy() == mask[y:y + 224, x:x + 224]).all()

@@ -1,4 +1,4 @@
-"""The flags of an experiment: losses, schedules, weight decay, augmentations, and all at once."""
+"""recipes.py, and the flags of an experiment: one by one, and all at once."""
 
 from pathlib import Path
 
@@ -9,9 +9,42 @@ from conftest import arguments, fit, load, made_up_tiles, refused, stop_before_b
 import data
 import eval as evaluation
 import train
-from losses import SCHEDULES, SEVERAL_CLASSES, loss_for
+from data import SETS
+from losses import SEVERAL_CLASSES, loss_for
+from models import MODELS
+from recipes import (RECIPE_VERSION, RECIPE_VERSIONS, RECIPES, SCHEDULES, recipe_for,
+                     recipe_overrides)
 
 pytestmark = pytest.mark.usefixtures("tiny_set")
+
+
+@pytest.mark.parametrize("data", SETS)
+@pytest.mark.parametrize("model", [*MODELS, "your_own"])
+def test_every_data_set_has_a_recipe_for_every_network(data, model):
+    name = SETS[data]["recipe"]
+    for recipe in name, f"{name} strong":
+        values = recipe_for(recipe, model)
+        assert all(values[flag] > 0 for flag in ("epochs", "batch_size", "lr", "width"))
+        assert not any(isinstance(value, dict) for value in values.values())
+
+
+@pytest.mark.parametrize("model, rate", [("unet", 2e-3), ("swin_unet", 2e-4)])
+def test_the_strong_recipe_has_a_rate_of_its_own(model, rate):
+    assert all(recipe_for(f"{name} strong", model)["lr"] == rate for name in SETS
+               if name in RECIPES)
+
+
+@pytest.mark.parametrize("changed", [{}, {"lr": 2e-3}, {"epochs": 5, "width": 16},
+                                     {"batch_size": 4, "ignore_index": [0, 7]}])
+def test_what_differs_from_a_recipe_is_told(changed):
+    args = {"data": "bcss512", "recipe": "bcss512", "model": "unet", "skip": "conv", "seed": 3,
+            "split": "image", "ignore_index": [], **recipe_for("bcss512", "unet"), **changed}
+    expected = changed | ({"ignore_index": "0 7"} if "ignore_index" in changed else {})
+    assert recipe_overrides(args) == expected
+
+
+def test_the_present_recipe_is_the_last_of_those_described():
+    assert RECIPE_VERSION == max(RECIPE_VERSIONS) and all(RECIPE_VERSIONS.values())
 
 
 @pytest.mark.parametrize("name", SEVERAL_CLASSES)
@@ -105,7 +138,7 @@ def test_flags_together_resume_to_the_bit(tmp_path, monkeypatch):
 
 def test_synthetic_classes_train_and_score_by_their_names(tmp_path, monkeypatch, capsys):
     for module in train, evaluation:
-        monkeypatch.setattr(module, "load", lambda name, root, k: data.synthetic(10, k))
+        monkeypatch.setattr(module, "load", lambda name, root, k: data.synthetic_tiles(10, k))
     flags = [*"--classes 4 --width 2 --epochs 1 --batch-size 4 --out".split(), str(tmp_path)]
     train.main(train.parse_args(flags))
     result, = evaluation.main(evaluation.parse_args([f"{tmp_path}/best.pt"]))

@@ -221,14 +221,15 @@ def test_a_run_trains_scores_and_is_recorded(flags, tmp_path):
 
 
 @pytest.mark.usefixtures("tiny_set")
-def test_resume_knows_the_skip_depth_and_takes_a_run_without_one_to_have_1(tmp_path, capsys):
+def test_resume_knows_the_skip_depth_and_a_run_from_before_a_flag_has_its_default(tmp_path, capsys):
     out, last = tmp_path / "run", tmp_path / "run/last.pt"
     score = fit(out, "--epochs", "1", "--skip", "conv")
     checkpoint = torch.load(last, weights_only=True)
-    assert checkpoint["args"].pop("skip_depth") == 1
+    assert checkpoint["args"].pop("augment") == "all"
     torch.save(checkpoint, last)
     flags = arguments(out, "--epochs", "1", "--skip", "conv", "--resume")
     assert train.main(train.parse_args(flags)) == score
+    assert "trained with all" in refused(capsys, train, *flags, "--augment", "none")
     line = refused(capsys, train, *flags, "--skip-depth", "2")
     assert f"--skip-depth 2: {last} was trained with 1; give the same" in line
     line = refused(capsys, train, *arguments(tmp_path / "new", "--skip-depth", "2"))

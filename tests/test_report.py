@@ -11,16 +11,16 @@ from conftest import ROOT, fit, refused
 
 import report
 import train
-from losses import RECIPE_VERSION
 from plots import draw_curves
-from utils import ARGS
+from recipes import RECIPE_VERSION
+from utils import ARGS_SCHEMA
 
 
 def scores(skip, seed, tiles, *flags, ious=(0.3, 0.7), data="monuseg"):
     """What train.py writes after two epochs of 90 s: three test tiles of two images."""
     args = vars(train.parse_args(["--data", data, "--skip", skip, "--seed", str(seed), *flags]))
     iou = sum(tiles) / len(tiles)
-    return {"args": {name: args[name] for name in ARGS}, "recipe_version": RECIPE_VERSION,
+    return {"args": {name: args[name] for name in ARGS_SCHEMA}, "recipe_version": RECIPE_VERSION,
             "weights": "from scratch", "epoch": 2, "seconds": [90.0, 180.0],
             "log": [{"epoch": n, "train_loss": 1 / n, "val_loss": 1 / n, "val_iou_per_tile": iou}
                     for n, iou in enumerate(ious, 1)],
@@ -203,7 +203,7 @@ def test_every_run_is_told_by_the_command_that_repeats_it():
         start, flags = told.strip("`").split(" train.py ")
         assert start == "python"
         again = vars(train.parse_args(flags.split()))
-        assert {name: again[name] for name in ARGS} == result["args"]
+        assert {name: again[name] for name in ARGS_SCHEMA} == result["args"]
         iou = result["per_tile"]["iou"]
         error = report.error_over_images(result["images"], result["tiles"])
         assert row == [f"{100 * iou:.2f}, 50.00", f"{100 * error:.2f}", "40.00, 60.00", "2",

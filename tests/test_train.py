@@ -601,7 +601,7 @@ def test_nodes_with_different_tiles_or_none_are_refused(start_pair, before, said
 
 
 def test_model_overfits_two_tiles():
-    tiles = data.synthetic(2)
+    tiles = data.synthetic_tiles(2)
     images, masks = data.get_batch(tiles, torch.arange(2), "cpu")
     images, masks = images[..., :64, :64], masks[..., :64, :64]
     torch.manual_seed(0)
@@ -617,7 +617,7 @@ def test_model_overfits_two_tiles():
 
 
 def test_loss_decreases_on_synthetic_tiles(tmp_path, monkeypatch):
-    tiles = data.synthetic(20)
+    tiles = data.synthetic_tiles(20)
     tiles = data.Tiles(tiles.images[:, :64, :64], tiles.masks[:, :64, :64], tiles.rows,
                        tiles.info)
     monkeypatch.setattr(train, "load", lambda *_: tiles)
@@ -785,7 +785,7 @@ def test_swin_unet_starts_from_a_file_and_goes_on_without_it(tmp_path, monkeypat
     import timm  # here, as every process that imports this file would wait for it
 
     monkeypatch.setattr(timm, "create_model", partial(timm.create_model, depths=(1, 1, 1, 1)))
-    tiles = data.synthetic(6)
+    tiles = data.synthetic_tiles(6)
     tiles.rows = [(f"image-{i}", 0, 0, "train") for i in range(6)]  # 4, 1 and 1 tiles
     monkeypatch.setattr(train, "load", lambda *_: tiles)
     monkeypatch.setattr("models.fetch_from_hub", lambda: pytest.fail("asked the hub"))

@@ -17,9 +17,9 @@ import torch
 from conftest import ROOT, load, refused
 
 import utils
-from utils import (CHECKPOINT, LOG, first_mismatch, load_checkpoint, lock_folder, number,
-                   on_rank_0, pick_device, print_progress, save_checkpoint, setup_processes,
-                   write_atomic)
+from utils import (CHECKPOINT_SCHEMA, LOG_SCHEMA, first_mismatch, load_checkpoint, lock_folder,
+                   number, on_rank_0, pick_device, print_progress, save_checkpoint,
+                   setup_processes, write_atomic)
 
 # Files
 
@@ -135,7 +135,7 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path, whole):
     assert again.keys() == checkpoint.keys() and again["args"] == checkpoint["args"]
     assert all(map(torch.equal, again["model"].values(), checkpoint["model"].values()))
     with pytest.raises(ValueError, match="a.pt: .* its 'chapters' is missing"):
-        load_checkpoint(tmp_path / "a.pt", CHECKPOINT | {"chapters": [str]})
+        load_checkpoint(tmp_path / "a.pt", CHECKPOINT_SCHEMA | {"chapters": [str]})
 
 
 ROW = {"train_loss": 0.5, "val_loss": 0.5, "val_iou_per_tile": 0.5}
@@ -144,9 +144,10 @@ ROW = {"train_loss": 0.5, "val_loss": 0.5, "val_iou_per_tile": 0.5}
 @pytest.mark.parametrize("value, schema, wrong", [
     (3, int, None), (3, float, "content"), (None, float | None, None), (math.nan, float, "content"),
     (math.inf, float | None, "content"), ("3", int, "content"), ([], [str], None),
-    (["a", 3], [str], "content"), ("ab", [str], "content"), ([ROW, ROW | {"more": 1}], LOG, None),
-    ([ROW, {"train_loss": 0.5}], LOG, "val_loss"), ([[]], LOG, "content"),
-    ([ROW | {"val_loss": -math.inf}], LOG, "val_loss"),
+    (["a", 3], [str], "content"), ("ab", [str], "content"),
+    ([ROW, ROW | {"more": 1}], LOG_SCHEMA, None),
+    ([ROW, {"train_loss": 0.5}], LOG_SCHEMA, "val_loss"), ([[]], LOG_SCHEMA, "content"),
+    ([ROW | {"val_loss": -math.inf}], LOG_SCHEMA, "val_loss"),
     ({"a": {"b": [3]}}, {"a": {"b": [int]}}, None),
     ({"a": {"b": [3, "c"]}}, {"a": {"b": [int]}}, "b"), ({"a": 3}, {"a": {"b": int}}, "a"),
     ([1], {"a": int}, "content"), ({}, {str: int}, None), ({"a": 1, "b": "c"}, {str: int}, "b"),
