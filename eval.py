@@ -31,7 +31,7 @@ from losses import loss_for
 from models import build_model
 from plots import draw_curves, draw_figure
 from predict import predict_bands
-from report import AVERAGES, flags, percent, table_2
+from report import AVERAGES, check_seeds, flags, percent, table_2
 from utils import (LOG_SCHEMA, autocast, first_mismatch, load_checkpoint, number, output,
                    pick_device, picture, print_progress, run_cli, write_atomic)
 
@@ -152,16 +152,17 @@ def evaluate_whole(model, tiles, wholes, num_classes, device, tta):
 
 def metrics_table(metrics, names):
     """One network's metrics as lines for people, in percent; names are the classes'."""
-    lines = ["                          IoU     F1   precision  recall     pixels"]
+    width = max(24, *(len(name) + 3 for name in names))  # of the first column
+    lines = [" " * width + "  IoU     F1   precision  recall     pixels"]
     for average, title in AVERAGES.items():
         if average in metrics:
             iou, f1 = (metrics[average][name] for name in ("iou", "f1"))
-            lines.append(f"{title:24}{percent(iou):>5}  {percent(f1):>5}")
+            lines.append(f"{title:{width}}{percent(iou):>5}  {percent(f1):>5}")
     for row in metrics["classes"]:
-        name = names[row["label"]] if len(names) > 1 else names[0]
+        name = "  " + (names[row["label"]] if len(names) > 1 else names[0])
         iou, f1, precision, recall = (f"{percent(row[metric]):>5}"
                                       for metric in ("iou", "f1", "precision", "recall"))
-        lines.append(f"  {name:22}{iou}  {f1}       {precision}   {recall} {row['pixels']:>10,}")
+        lines.append(f"{name:{width}}{iou}  {f1}       {precision}   {recall} {row['pixels']:>10,}")
     return "\n".join(lines)
 
 
@@ -253,21 +254,28 @@ def titles(results):
     return [f"{name}\n{own}".strip() for name, own in zip(names, others)]
 
 
-def figure(checkpoints, results, options):
-    """Draw test tiles, --tiles or five from the worst to the best scored -> PIL image, how many.
+def open_test(checkpoints, options):
+    """The tiles of {path: checkpoint}, all of one set -> Tiles, indices of test tiles, their names.
 
-    checkpoints: {path: checkpoint}, all of one data set and split; results of `score`. Raises
-    ValueError for a tile that is not among the test tiles.
+    Raises ValueError if --tiles names a tile that is not among them.
     """
     path, checkpoint = next(iter(checkpoints.items()))
     data = options.data or checkpoint["args"]["data"]
     tiles, parts = open_data(checkpoint, path, options.data_root, data)
-    test = parts["test"]
-    names = ["{}/{}/{}".format(*tiles.rows[i][:3]) for i in test]
+    names = ["{}/{}/{}".format(*tiles.rows[i][:3]) for i in parts["test"]]
     unknown = [name for name in options.tiles or [] if name not in names]
     if unknown:
         raise ValueError(f"--tiles {unknown[0]}: no such test tile: give names such as "
                          f"{names[0]}")
+    return tiles, parts["test"], names
+
+
+def figure(checkpoints, results, options):
+    """Draw test tiles, --tiles or five from the worst to the best scored -> PIL image, how many.
+
+    checkpoints: {path: checkpoint}, all of one data set and split; results of `score`.
+    """
+    tiles, test, names = open_test(checkpoints, options)
     ious = [result["tiles"] for result in results]  # None for a tile without any class
     if options.tiles:
         chosen = [names.index(name) for name in options.tiles]
@@ -339,7 +347,7 @@ def parse_args(argv=None):
 
 def main(args):
     """Score the checkpoints -> list of results; ValueError if one cannot be used."""
-    # Read all checkpoints first, so that a bad one stops this before hours of scoring.
+    # Read and check first, so that what is wrong stops this before hours of scoring.
     device = pick_device(args.device)
     checkpoints = {Path(path): load_checkpoint(path) for path in args.checkpoints}
     sets = {(checkpoint["args"]["data"], checkpoint["args"]["split"], checkpoint["num_classes"])
@@ -352,6 +360,10 @@ def main(args):
         if args.whole and checkpoint["args"]["split"] == "tile":
             raise ValueError(f"{path}: was trained with --split tile and has seen parts of all "
                              "images: --whole is for --split image or official")
+    if not args.ensemble:
+        check_seeds(checkpoints.values())
+    if args.tiles:
+        open_test(checkpoints, args)  # refuses unknown ones
     if args.curves:
         logs = {str(path.parent): [read_log(path.with_name("log.csv"))] for path in checkpoints}
 

@@ -8,6 +8,7 @@ import itertools
 import math
 import statistics
 import textwrap
+import unicodedata
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -42,6 +43,13 @@ def outline(mask, width=1):
     neighbours = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
     border = np.any([mask != neighbour for neighbour in neighbours], axis=0) & (mask > 0)
     return border if width == 1 else border | outline(np.where(border, 0, mask), width - 1)
+
+
+def drawable(text):
+    """A text in ASCII, as Pillow's font has little else: without accents, ? for what remains."""
+    parts = unicodedata.normalize("NFKD", text.translate({ord("ß"): "ss", ord("µ"): "u"}))
+    return "".join(part if part.isascii() else "?" for part in parts
+                   if not unicodedata.combining(part))
 
 
 # -----------------------------------------------------------------------------
@@ -81,7 +89,7 @@ def draw_legend(draw, font, names):
     for i, (name, colour) in enumerate(zip(names, itertools.cycle(LINE_COLOURS))):
         y = 470 + 24 * i
         draw.line((70, y, 110, y), colour, 3)
-        draw.text((120, y), name, "black", font, anchor="lm")
+        draw.text((120, y), drawable(name), "black", font, anchor="lm")
 
 
 def draw_curves(runs):
@@ -93,7 +101,8 @@ def draw_curves(runs):
     """
     font = ImageFont.load_default(size=15)
     epochs = max(len(log) for logs in runs.values() for log in logs)
-    picture = Image.new("RGB", (1200, 460 + 24 * len(runs)), "white")
+    width = max([1200, *(math.ceil(140 + font.getlength(drawable(name))) for name in runs)])
+    picture = Image.new("RGB", (width, 460 + 24 * len(runs)), "white")
     draw = ImageDraw.Draw(picture, "RGBA")  # so that bands show what is below them
 
     def values_of(key):
@@ -193,7 +202,8 @@ def draw_figure(titles, rows, names):
     """
     font, side = ImageFont.load_default(size=14), len(rows[0][2])
     cell, line = side + 10, 22
-    titles = ["\n".join(part for words in title.splitlines() for part in textwrap.wrap(words, 28))
+    titles = ["\n".join(part for words in drawable(title).splitlines()
+                        for part in textwrap.wrap(words, 28))
               for title in ["image", "ground truth", *titles]]
     head = 22 + 18 * max(title.count("\n") + 1 for title in titles)
     size = len(titles) * cell + 10, head + (cell + line) * len(rows)
@@ -204,6 +214,9 @@ def draw_figure(titles, rows, names):
                   align="center")
     for row, (caption, image, mask, predictions, captions) in enumerate(rows):
         y = head + (cell + line) * row
+        caption = drawable(caption)
+        while font.getlength(caption) > 2 * cell - 10:  # the first network's score stands beside it
+            caption = caption[1:]
         panels = [image, *(paint(labels, mask, len(names)) for labels in [mask, *predictions])]
         for column, (panel, text) in enumerate(zip(panels, [caption, "", *captions])):
             picture.paste(Image.fromarray(panel), (10 + cell * column, y))
@@ -217,14 +230,16 @@ def draw_figure(titles, rows, names):
 
 def add_legend(picture, legend):
     """A picture, and below it a square of each colour with its name, as many in a line as fit."""
-    per_line = max(1, picture.width // 190)
+    font = ImageFont.load_default(size=14)
+    width = max([190, *(math.ceil(40 + font.getlength(drawable(name))) for name, _ in legend)])
+    per_line = max(1, picture.width // width)
     height = 22 * math.ceil(len(legend) / per_line)
     extended = ImageOps.expand(picture, (0, 0, 0, height), "white")
-    draw, font = ImageDraw.Draw(extended), ImageFont.load_default(size=14)
+    draw = ImageDraw.Draw(extended)
     for i, (name, colour) in enumerate(legend):
-        x, y = 10 + 190 * (i % per_line), picture.height + 22 * (i // per_line)
+        x, y = 10 + width * (i % per_line), picture.height + 22 * (i // per_line)
         draw.rectangle((x, y, x + 14, y + 14), tuple(map(int, colour)), "black")
-        draw.text((x + 20, y - 1), name, "black", font)
+        draw.text((x + 20, y - 1), drawable(name), "black", font)
     return extended
 
 

@@ -88,6 +88,18 @@ def depth_and_pages(image):
     return max(image.tag_v2.get(258, (8,))), pages  # the tag is called bits per sample
 
 
+def is_misread_bitmap(image):
+    """Whether an open image is a BMP that Pillow would take for one of fewer or more bits a pixel.
+
+    It takes a BMP with a palette of two greys for 1-bit, and of more greys for 8-bit.
+    """
+    if image.format != "BMP" or image.mode not in ("1", "L"):
+        return False
+    image.fp.seek(14)
+    header = image.fp.read(16)
+    return header[10 if header[0] == 12 else 14] != (1 if image.mode == "1" else 8)  # bits a pixel
+
+
 def check_is_file(path):
     """Refuse folders and pipes: reading a pipe would wait for a writer."""
     if path.exists() and not path.is_file():
@@ -103,6 +115,7 @@ def read_image(path, modes):
     try:
         with Image.open(path, formats=FORMATS) as image:
             depth, pages = depth_and_pages(image)
+            misread = is_misread_bitmap(image)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
     except (OSError, SyntaxError, TypeError, ValueError, LookupError, struct.error, MemoryError,
@@ -114,6 +127,9 @@ def read_image(path, modes):
     if image.mode not in modes:
         raise ValueError(f"{path}: Pillow mode {image.mode}, not {' or '.join(modes)}: export it "
                          "again, as 8-bit and without transparency")
+    if misread:
+        raise ValueError(f"{path}: a BMP with a grey palette, which Pillow would misread: export "
+                         "it again as PNG")
     if pages > 1:
         raise ValueError(f"{path}: holds {pages} pages, of which only the first would be read: "
                          "save each as a file, or channels as one page")
@@ -451,10 +467,11 @@ def find_own(folders, classes=None, scale=1.0):
         images += found
         for image, mask in match_masks(index_by_stem(found),
                                        index_by_stem(find_files([folder / "masks"], SUFFIXES))):
-            width, height = scaled_size(read_image(image, ("RGB", "L")).size, scale)
+            size = read_image(image, ("RGB", "L")).size
+            width, height = scaled_size(size, scale)
             if min(width, height) < TILE:
                 # Two decimals, rounded up, with 0.5 % to spare for the rounding in scaled_size.
-                enough = math.ceil(100.5 * scale * TILE / min(width, height)) / 100
+                enough = math.ceil(100.5 * TILE / min(size)) / 100
                 raise ValueError(f"{image}: {width} x {height} pixels, less than a tile of {TILE}: "
                                  f"give --scale {enough:g}")
             items.append((image, mask, [(stem(image), row, column, part, top, left)

@@ -244,6 +244,22 @@ def table_1(_):  # counts depend on no result
     return markdown(["Model", "Skip", "1 class", "3 classes", "22 classes"], rows)
 
 
+def row_of(result):
+    """The row of table_2 that a result belongs to: data, split, data scored on, network, skip."""
+    args = result["args"]
+    return (args["data"], args["split"], result.get("data", args["data"]), network_name(result),
+            args["skip"])
+
+
+def check_seeds(results):
+    """ValueError if two results, or checkpoints, of one row have the same seed."""
+    for (data, split, _, name, skip), group in group_by(results, row_of).items():
+        seeds = [result["args"]["seed"] for result in group]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"two runs of {data}, {split}, {name}, {skip} have one seed, of "
+                             f"{seeds}: leave out one of them")
+
+
 def table_2(results):
     """The paper's Table 2, one for every data set and split: mean ± standard deviation over seeds.
 
@@ -251,19 +267,13 @@ def table_2(results):
     runs that differ in the seed alone; ValueError for two that differ in nothing, or in their test
     images.
     """
+    check_seeds(results)
     averages = [average for average in AVERAGES if all(average in one for one in results)]
     titles = [f"{metric} {AVERAGES[average]}" for average in averages for metric in ("mIoU", "F1")]
     rows = {}
     results = sorted(results, key=lambda result: [*SKIPS].index(result["args"]["skip"]))
-    groups = group_by(results, lambda result: (
-        result["args"]["data"], result["args"]["split"],
-        result.get("data", result["args"]["data"]), network_name(result), result["args"]["skip"]))
-    for (data, split, scored_on, name, skip), group in sorted(groups.items(),
+    for (data, split, scored_on, name, skip), group in sorted(group_by(results, row_of).items(),
                                                               key=lambda item: item[0][:4]):
-        seeds = [result["args"]["seed"] for result in group]
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"two runs of {data}, {split}, {name}, {skip} have one seed, of "
-                             f"{seeds}: leave out one of them")
         if len({tuple(result.get("images", ())) for result in group}) > 1:
             raise ValueError(f"runs of {data}, {split}, {name}, {skip} have different test images: "
                              "leave out those of other prepared data")
@@ -492,7 +502,10 @@ def fill_page(path, tables, results):
         return f"<!-- {match[1]} -->\n{tables[match[1]](results)}\n<!-- end -->"
 
     if path.exists():
-        words = path.read_text(encoding="utf-8")
+        try:
+            words = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: not UTF-8: save it as that") from None
     else:
         words = "# Runs\n" + "".join(f"\n## {name.capitalize()}\n\n<!-- {name} -->\n"
                                      "<!-- end -->\n" for name in tables)

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shutil
 import statistics
 
 import numpy as np
@@ -323,6 +324,29 @@ def test_no_network_gets_an_empty_batch_where_processes_outnumber_tiles():
                        torch.device("cpu"), 8, rank, 8)
               for rank in (0, 7)]
     assert len(scores[0][1]) == 3 and torch.equal(scores[0][1], scores[1][1])
+
+
+def test_class_names_of_any_length_stand_apart_from_their_scores():
+    names = ["a", "lymphocytic_infiltrate", "m" * 40]
+    metrics = evaluation.compute_metrics(torch.randint(1, 9, (2, 3, 3)))
+    heading, *lines = evaluation.metrics_table(metrics, names).splitlines()
+    end = heading.index("IoU") + 3  # of the first score, to the right
+    for name, line in zip(["per tile", "global", *names], lines):
+        assert line.split()[:-1] and line[:end].split()[:-1] == name.split()
+        assert len(line[:end].split()[-1]) == 5 and line[end] == " "
+
+
+def test_what_cannot_be_shown_is_refused_before_anything_is_scored(whole, tmp_path, capsys,
+                                                                   monkeypatch):
+    monkeypatch.setattr(evaluation, "score", lambda *_: pytest.fail("scored"))
+    twin, odd = tmp_path / "twin.pt", tmp_path / "odd.pt"
+    shutil.copy(whole.out / "best.pt", twin)
+    assert "one seed, of [0, 0]: leave" in refused(capsys, evaluation, whole.out / "best.pt", twin)
+    changed(whole, odd, args={"skip": "fusion"})
+    line = refused(capsys, evaluation, whole.out / "best.pt", odd)
+    assert f"{odd}: its weights do not fit" in line and "skip.convs.0.weight" in line
+    assert "no such test tile" in refused(capsys, evaluation, twin, "--tiles", "a/0/0", "--figure",
+                                          tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -480,8 +480,9 @@ def test_weights_of_every_layout_load_to_the_same_function(layout, swin, tmp_pat
      "1 tensors .* another shape, patch_embed.proj.weight among"),
     (lambda tensors: {name: torch.zeros(23 * 23, tensor.shape[1]) if "bias_table" in name else
                       tensor for name, tensor in tensors.items()}, "12 tensors .* another shape"),
-    (lambda tensors: create_model("unet", "conv", 1, 4).state_dict(), "not a Swin-T")],
-    ids=["missing", "left over", "reshaped", "windows of 12", "a U-Net's"])
+    (lambda tensors: create_model("unet", "conv", 1, 4).state_dict(), "not a Swin-T"),
+    (lambda tensors: {"net": tensors, "epoch": 3}, "not a Swin-T: .* epoch")],
+    ids=["missing", "left over", "reshaped", "windows of 12", "a U-Net's", "another project's"])
 def test_weights_that_fit_only_partly_are_refused_by_name(swin, tmp_path, change, message):
     encoder, tensors = copy.deepcopy(swin.encoder), in_microsofts_layout(swin.encoder)
     torch.save(change(tensors), tmp_path / "wrong.pth")

@@ -250,6 +250,13 @@ def png_of_4_bits(array):
             + chunk(b"IEND", b""))
 
 
+def bitmap_of_two_greys(path):
+    """Write an 8-bit BMP with a palette of black and white alone."""
+    mask = Image.fromarray(noise(230, 300, high=2))
+    mask.putpalette([0, 0, 0, 255, 255, 255])
+    mask.save(path)
+
+
 def remove(pattern):
     return lambda raw: [path.unlink() for path in raw.glob(pattern)]
 
@@ -286,12 +293,15 @@ BAD = {
     "no such folder": (shutil.rmtree, (), "raw: no such folder: give the one that holds images"),
     "4-bit mask": (lambda raw: (raw / "masks/image-1.png").write_bytes(
         png_of_4_bits(noise(230, 300, high=2))), (), "image-1.png: fewer than 8 bits"),
+    "BMP that Pillow misreads": (lambda raw: (remove("masks/image-1.png")(raw), bitmap_of_two_greys(
+        raw / "masks/image-1.bmp")), (), "image-1.bmp: a BMP with a grey palette"),
     "16-bit mask": (save("masks/image-1.png", noise(230, 300).astype(np.uint16)), (),
                     "export it as 8-bit"),
     "colours": (save("masks/image-1.png", noise(230, 300, 3)), (), "mode RGB, but a mask"),
     "small image": (save("images/image-1.png", noise(100, 300, 3)), (), "--scale 2.26"),
     "an image that its scale makes too small": (save("images/image-0.png", noise(694, 700, 3)),
                                                 ("--scale", "0.3"), "--scale 0.33"),
+    "a scale far too small": (remove("no such file"), ("--scale", "0.001"), "--scale 0.98"),
     "duplicate stems": (save("images/image-1.bmp", noise(230, 300, 3)), (), "the same name"),
     "no image file": (lambda raw: (raw / "images/image-1.png").write_bytes(b"GIF"), (),
                       "image-1.png: not a readable image"),

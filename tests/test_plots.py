@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data import SETS
-from plots import (FALSE_ALARM, FOUND, GREEN, LINE_COLOURS, MISSED, PALETTE, draw_curves,
+from plots import (FALSE_ALARM, FOUND, GREEN, LINE_COLOURS, MISSED, PALETTE, drawable, draw_curves,
                    draw_figure, draw_preview, outline, paint, round_ticks)
 
 
@@ -96,7 +96,28 @@ def test_runs_of_different_lengths_have_a_mean_as_far_as_all_reach():
     assert columns.min() < 100 < 70 + 500 * 3.4 / 10 < columns.max() < 70 + 500 * 3.7 / 10
 
 
+def test_a_long_name_widens_the_curves_picture():
+    drawn = np.asarray(draw_curves({"x" * 300: [log_of(3, 1, 1, 0.5)]}))
+    dark = np.nonzero((drawn[460:] < 128).all(axis=2))[1]
+    assert 1200 < dark.max() < drawn.shape[1] - 5
+
+
 # Figures
+
+
+def test_names_are_drawn_in_letters_that_the_font_has():
+    assert drawable("Größe α/2 µm\nnaïve") == "Grosse ?/2 um\nnaive"
+
+
+def test_long_names_and_captions_run_into_nothing():
+    image, labels = np.zeros((224, 224, 3), np.uint8), np.zeros((224, 224), np.uint8)
+    short, long = (np.asarray(draw_figure(["one"], [(caption, image, labels, [labels], [""])],
+                                          [name]))
+                   for caption, name in (("a", "b"), (99 * "long", 60 * "m")))
+    assert (short[264:286, 478:] == 255).all() and (long[264:286, 478:] == 255).all()
+    assert ((long[264:286, 244:460] < 128).any())  # the end of the caption
+    rows = [heights(long[286:], colour) for colour in (FALSE_ALARM, MISSED)]
+    assert rows[0].min() > rows[1].max() > 22  # each entry has a line of its own
 
 
 def test_one_class_shows_found_missed_and_mistaken_pixels_apart():

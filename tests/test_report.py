@@ -343,6 +343,8 @@ def test_a_page_with_an_unknown_table_or_one_without_end_is_refused_and_stays(tm
         page.write_text(words)
         line = refused(capsys, report, *paths, "--page", page)
         assert str(page) in line and named in line and page.read_text() == words
+    page.write_bytes("é".encode("latin-1"))
+    assert f"{page}: not UTF-8" in refused(capsys, report, *paths, "--page", page)
 
 
 def test_a_picture_that_cannot_be_written_leaves_the_page_alone(tmp_path, capsys):
