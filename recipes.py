@@ -34,7 +34,12 @@ RECIPE_VERSIONS = {
 
 
 def recipe_for(recipe, model):
-    """The values that train.py's flags default to, of a row of RECIPES -> {flag: value}."""
+    """The values that train.py's flags default to, of a row of RECIPES -> {flag: value}.
+
+    Raises ValueError for an unknown recipe.
+    """
+    if recipe not in RECIPES:
+        raise ValueError(f"no recipe is called {recipe!r}: there are {', '.join(RECIPES)}")
     values = COMMON | RECIPES[recipe]
     values |= values.get(model, {})  # what the recipe says of this network
     return {name: value for name, value in values.items() if not isinstance(value, dict)}

@@ -345,6 +345,8 @@ def test_what_cannot_be_shown_is_refused_before_anything_is_scored(whole, tmp_pa
     changed(whole, odd, args={"skip": "fusion"})
     line = refused(capsys, evaluation, whole.out / "best.pt", odd)
     assert f"{odd}: its weights do not fit" in line and "skip.convs.0.weight" in line
+    changed(whole, odd, args={"recipe": "mine"})
+    assert "no recipe is called 'mine'" in refused(capsys, evaluation, odd)
     assert "no such test tile" in refused(capsys, evaluation, twin, "--tiles", "a/0/0", "--figure",
                                           tmp_path / "x.png")
 
