@@ -380,7 +380,7 @@ def main(args):
                    for path, checkpoint in checkpoints.items()]
 
     # Write and print.
-    if args.json:  # first, as the table below refuses runs that do not go together
+    if args.json:
         with write_atomic(args.json) as file:
             file.write(json.dumps(results, indent=1).encode())
     if len(results) == 1:

@@ -307,13 +307,6 @@ def test_a_figure_of_two_splits_or_numbers_of_classes_is_refused_before_anything
     assert not scores.exists()
 
 
-def test_scores_are_written_before_a_table_of_them_is_refused(whole, tmp_path, capsys):
-    best = whole.out / "best.pt"
-    line = refused(capsys, evaluation, best, changed(whole, tmp_path / "same.pt"), "--json",
-                   tmp_path / "scores.json")
-    assert "two runs of" in line and len(json.loads((tmp_path / "scores.json").read_text())) == 2
-
-
 def test_no_network_gets_an_empty_batch_where_processes_outnumber_tiles():
     class Picky(torch.nn.Module):
         def forward(self, images):
