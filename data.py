@@ -71,8 +71,9 @@ def read_info(data, root):
         info = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         info = None
-    if first_mismatch(info, INFO_SCHEMA) or not (0 < len(info["classes"]) <= len(PALETTE) and
-                                          info["split"] in SPLITS and info["recipe"] in RECIPES):
+    if first_mismatch(info, INFO_SCHEMA) or not (
+            0 < len(info["classes"]) <= len(PALETTE) and info["split"] in SPLITS
+            and info["recipe"] in RECIPES):
         raise ValueError(f"{path}: damaged, or not written by this version: remove {path.parent} "
                          f"and {how_to_prepare(data)}")
     return info

@@ -208,8 +208,8 @@ class Ensemble(nn.Module):
         return sum(model(images) for model in self.models) / len(self.models)
 
 
-def build_ensemble(checkpoints):
-    """The networks of {path: checkpoint} as one; ValueError if more than their seeds differ."""
+def build_ensemble(checkpoints, models):
+    """Networks, of {path: checkpoint}, as one; ValueError if more than their seeds differ."""
     (first, one), *others = checkpoints.items()
     for path, other in others:
         if (any(other[name] != one[name]
@@ -217,7 +217,7 @@ def build_ensemble(checkpoints):
                 other["args"] | {"seed": 0} != one["args"] | {"seed": 0}):
             raise ValueError(f"{path}: was trained on other tiles than {first}, or with other "
                              "flags: an ensemble is of runs that differ in their seed alone")
-    return Ensemble([build_model(checkpoint, path) for path, checkpoint in checkpoints.items()])
+    return Ensemble(models)
 
 
 def score(model, checkpoint, path, device, options):
@@ -270,10 +270,11 @@ def open_test(checkpoints, options):
     return tiles, parts["test"], names
 
 
-def figure(checkpoints, results, options):
+def figure(checkpoints, models, results, device, options):
     """Draw test tiles, --tiles or five from the worst to the best scored -> PIL image, how many.
 
-    checkpoints: {path: checkpoint}, all of one data set and split; results of `score`.
+    checkpoints: {path: checkpoint}, all of one data set and split; their networks, on `device` and
+    in evaluation mode; results of `score`.
     """
     tiles, test, names = open_test(checkpoints, options)
     ious = [result["tiles"] for result in results]  # None for a tile without any class
@@ -283,13 +284,10 @@ def figure(checkpoints, results, options):
         order = sorted(range(len(test)), key=lambda k: sum(scores[k] or 0.0 for scores in ious))
         spread = np.unique(np.linspace(0, len(order) - 1, 5).round().astype(int))
         chosen = [order[k] for k in spread]
-    images, _ = get_batch(tiles, test[chosen], "cpu")
-    predictions = []
-    for path, checkpoint in checkpoints.items():
-        model = build_model(checkpoint, path).eval()
-        with torch.inference_mode():
-            labels = logits_to_labels(model(normalize(images)))
-        predictions.append(labels.numpy().astype(np.uint8))
+    images, _ = get_batch(tiles, test[chosen], device)
+    with torch.inference_mode():
+        predictions = [logits_to_labels(model(normalize(images))).cpu().numpy().astype(np.uint8)
+                       for model in models]
     rows = []
     for k, *labels in zip(chosen, *predictions):
         captions = ["IoU -" if scores[k] is None else f"IoU {100 * scores[k]:.1f}"
@@ -355,8 +353,8 @@ def main(args):
     if args.figure and len(sets) > 1:
         raise ValueError("--figure compares networks of one data set, split and number of classes, "
                          f"and these are of {len(sets)}: name fewer checkpoints")
+    models = [build_model(checkpoint, path) for path, checkpoint in checkpoints.items()]
     for path, checkpoint in checkpoints.items():
-        build_model(checkpoint, path)  # refuses weights that do not fit
         if args.whole and checkpoint["args"]["split"] == "tile":
             raise ValueError(f"{path}: was trained with --split tile and has seen parts of all "
                              "images: --whole is for --split image or official")
@@ -369,15 +367,15 @@ def main(args):
 
     # Score.
     if args.ensemble:
-        ensemble = build_ensemble(checkpoints)
+        ensemble = build_ensemble(checkpoints, models)
         if len({one["args"]["seed"] for one in checkpoints.values()}) < len(args.checkpoints):
             raise ValueError("--ensemble is of runs that differ in their seed, and two of these "
                              "have the same: name each once")
         path, checkpoint = next(iter(checkpoints.items()))
         results = [score(ensemble, checkpoint, path, device, args) | {"ensemble": args.checkpoints}]
     else:
-        results = [score(build_model(checkpoint, path), checkpoint, path, device, args)
-                   for path, checkpoint in checkpoints.items()]
+        results = [score(model, checkpoint, path, device, args)
+                   for model, (path, checkpoint) in zip(models, checkpoints.items())]
 
     # Write and print.
     if args.json:
@@ -394,7 +392,7 @@ def main(args):
         print("\nPercent: mean ± standard deviation over runs (in brackets: the paper's)\n")
         print(table_2(results))
     if args.figure:
-        image, n = figure(checkpoints, results, args)
+        image, n = figure(checkpoints, models, results, device, args)
         with write_atomic(args.figure) as file:
             image.save(file)
         print(f"{args.figure}: {n} test tiles")

@@ -129,9 +129,9 @@ def test_the_plan_is_seed_by_seed_within_each_block():
 
 def test_every_run_is_trained_once_and_alike(finished):
     runs = [(k, skip, seed, "", "") for seed in (0, 1) for k in (1, 3)
-             for skip in ("standard", "fusion")]
+            for skip in ("standard", "fusion")]
     runs += [(3, skip, seed, " --epochs 2", "-2epochs") for seed in (0, 1)
-              for skip in ("standard", "fusion")]
+             for skip in ("standard", "fusion")]
     assert [call.replace(os.sep, "/") for call in finished.calls] == [
         f"--model unet --skip {skip} --data tissue-k{k:02}-grain040 --split official --seed {seed} "
         f"--width 2 --epochs 1 --batch-size 2{longer} --device cpu --resume --data-root data --out "

@@ -415,13 +415,18 @@ def test_a_figure_shows_the_tiles_that_are_asked_for_in_their_order(whole, capsy
     assert drawn == names
 
 
+def figure_of(path, scores):
+    """Draw a network's figure as if its tiles had these scores -> what is drawn, how many tiles."""
+    checkpoint = load_checkpoint(path)
+    return evaluation.figure({path: checkpoint}, [build_model(checkpoint, path).eval()],
+                             [{"args": checkpoint["args"], "tiles": scores}], torch.device("cpu"),
+                             evaluation.parse_args([str(path), "--figure", "x.png"]))
+
+
 @pytest.mark.parametrize("scores", [[0.9, 0.2], [0.2, 0.9], [0.9, None]])
 def test_a_figure_goes_from_the_worst_tile_to_the_best(whole, tmp_path, monkeypatch, scores):
-    path = whole.out / "best.pt"
-    checkpoint = load_checkpoint(path)
     monkeypatch.setattr(evaluation, "draw_figure", lambda titles, rows, names: rows)
-    rows, n = evaluation.figure({path: checkpoint}, [{"args": checkpoint["args"], "tiles": scores}],
-                                evaluation.parse_args([str(path), "--figure", "x.png"]))
+    rows, n = figure_of(whole.out / "best.pt", scores)
     assert n == 2 and [row[-1] for row in rows] == [
         ["IoU -" if None in scores else "IoU 20.0"], ["IoU 90.0"]]
     known = ["{}/{}/{}".format(*made_up_tiles().rows[i]) for i in PARTS["test"]]
@@ -430,12 +435,9 @@ def test_a_figure_goes_from_the_worst_tile_to_the_best(whole, tmp_path, monkeypa
 
 
 def test_of_many_tiles_a_figure_shows_five_over_the_range_of_scores(whole, monkeypatch):
-    path, scores = whole.out / "best.pt", [k / 20 for k in reversed(range(16))]
-    checkpoint = load_checkpoint(path)
     monkeypatch.setattr(evaluation, "open_data",
                         lambda *_: (made_up_tiles(), {"test": torch.arange(16)}))
     monkeypatch.setattr(evaluation, "draw_figure", lambda titles, rows, names: rows)
-    rows, n = evaluation.figure({path: checkpoint}, [{"args": checkpoint["args"], "tiles": scores}],
-                                evaluation.parse_args([str(path), "--figure", "x.png"]))
+    rows, n = figure_of(whole.out / "best.pt", [k / 20 for k in reversed(range(16))])
     assert n == 5 and [row[-1] for row in rows] == [
         [f"IoU {iou}"] for iou in ("0.0", "20.0", "40.0", "55.0", "75.0")]

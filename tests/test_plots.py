@@ -115,7 +115,7 @@ def test_long_names_and_captions_run_into_nothing():
                                           [name]))
                    for caption, name in (("a", "b"), (99 * "long", 60 * "m")))
     assert (short[264:286, 478:] == 255).all() and (long[264:286, 478:] == 255).all()
-    assert ((long[264:286, 244:460] < 128).any())  # the end of the caption
+    assert (long[264:286, 244:460] < 128).any()  # the end of the caption
     rows = [heights(long[286:], colour) for colour in (FALSE_ALARM, MISSED)]
     assert rows[0].min() > rows[1].max() > 22  # each entry has a line of its own
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import load, made_up_tiles, refused, save_network, stop_before_batch
+from conftest import load, refused, save_network, stop_before_batch
 from PIL import Image
 
 import data
