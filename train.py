@@ -21,17 +21,17 @@ import torch.distributed as dist
 from torch import nn
 
 import related  # noqa: F401, its skips and networks join SKIPS and MODELS
-from data import (COLOURS, SPLITS, WARPS, fingerprint, load, normalize, read_info, set_of,
-                  split_tiles, train_batches, whole_images)
+from data import (COLOURS, SPLITS, WARPS, fingerprint, load, normalize, read_info, split_tiles,
+                  train_batches, whole_images)
 from eval import compute_metrics, evaluate, metrics_table, scored_labels
 from losses import LOSSES, loss_for
 from models import MODELS, MAX_SKIP_DEPTH, SKIPS, build_model, create_model
 from plots import draw_curves
 from recipes import COMMON, RECIPE_VERSION, RECIPES, SCHEDULES, recipe_for, recipe_overrides
-from report import read_scores
-from utils import (ARGS_SCHEMA, CHECKPOINT_SCHEMA, autocast, device_name, leave_processes,
-                   load_checkpoint, lock_folder, number, on_rank_0, pick_device, print_progress,
-                   run_cli, save_checkpoint, setup_processes, write_atomic)
+from resume import finished_scores, open_folder, start_or_resume
+from utils import (ARGS_SCHEMA, autocast, device_name, leave_processes, load_checkpoint, number,
+                   on_rank_0, pick_device, print_progress, run_cli, save_checkpoint,
+                   setup_processes, write_atomic)
 
 
 # The flags that checkpoints and scores.json record: all on which a run's digits depend by more than
@@ -381,122 +381,6 @@ def memory_format_for(device, bf16):
     """Channels last on CUDA, in bfloat16 and on CPUs with AVX-512; elsewhere slower or untried."""
     faster = bf16 or device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
     return torch.channels_last if faster else torch.contiguous_format
-
-
-def open_folder(args):
-    """Create and lock the run's folder.
-
-    Raises ValueError if it holds a run that is not to be resumed, or that has no last.pt, or if
-    another process writes there.
-    """
-    existing = [name for name in ("last.pt", "best.pt", "log.csv") if (args.out / name).exists()]
-    if existing and not args.resume:
-        raise ValueError(f"{args.out} holds a run already: continue it with --resume, or name "
-                         "another folder with --out")
-    if existing and "last.pt" not in existing:
-        raise ValueError(f"{args.out} holds a {existing[0]} without the last.pt to go on from: "
-                         "name another folder with --out")
-    args.lock = lock_folder(args.out)  # held as long as `args` exists
-
-
-def start_or_resume(args, run, model, eval_model, optimizer, scaler):
-    """Load last.pt into model, `eval_model` (the same, or its average), optimizer and scaler.
-
-    Without a last.pt a new run starts: a pretrained network then loads its encoder's weights.
-    Returns the entries of `run` that this changes -> dict. Raises ValueError if last.pt cannot be
-    resumed as this run, FileNotFoundError if there are no pretrained weights to start from.
-    """
-    checkpoint = on_rank_0(read_last, args.out / "last.pt", run, optimizer)
-    if checkpoint:
-        started = checkpoint["weights"]
-        asked = started  # where no flag says otherwise
-        if args.no_pretrained:
-            asked = "from scratch"
-        elif args.weights:
-            asked = f"encoder weights from {args.weights}"
-        elif MODELS[args.model].pretrained and started == "from scratch":
-            asked = "pretrained"
-        if asked != started:
-            raise ValueError(f"{args.out / 'last.pt'}: started with {started}, not {asked}: give "
-                             "the same, or another --out")
-        eval_model.load_state_dict(checkpoint["model"])
-        model.load_state_dict(checkpoint["trained"])
-        optimizer.load_state_dict(optimizer.state_dict() | {
-            "state": checkpoint["optimizer"]["state"]})
-        # Moments must lie in memory as their weights do, which depends on the device.
-        for parameter, moments in optimizer.state.items():
-            for name in "exp_avg", "exp_avg_sq":
-                moments[name] = torch.empty_like(parameter).copy_(moments[name])
-        if checkpoint["scaler"]:  # empty if it was not float16
-            scaler.load_state_dict(checkpoint["scaler"])
-        return {name: checkpoint[name]
-                for name in ("weights", "step", "losses", "log", "seconds", "elapsed")}
-    if MODELS[args.model].pretrained and not args.no_pretrained:
-        weights = on_rank_0(model.load_pretrained, args.weights)
-        if dist.is_initialized():
-            for value in model.state_dict().values():
-                dist.broadcast(value, 0)
-        eval_model.load_state_dict(model.state_dict())
-        return {"weights": weights}
-    return {}
-
-
-def read_last(path, run, optimizer):
-    """Read last.pt and check that it belongs to this run -> checkpoint, None if there is none.
-
-    Raises ValueError if it is damaged, of another version or another run, or has trained for longer
-    than --epochs.
-    """
-    if not path.exists():
-        return None
-    checkpoint = load_checkpoint(path, CHECKPOINT_SCHEMA | {
-        "step": int, "losses": torch.Tensor, "seconds": [float], "elapsed": float,
-        "trained": {str: torch.Tensor}, "optimizer": {"state": {int: dict}}, "scaler": dict})
-    for name in ("data", "model", "recipe", *run["args"]):  # first those on which others depend
-        value = run["args"][name]
-        trained = checkpoint["args"].get(name, COMMON.get(name))  # of a flag added since
-        # A run may be lengthened, unless its learning rate depends on its length.
-        if trained != value and (name != "epochs" or run["args"]["schedule"] != "constant"):
-            raise ValueError(f"--{name.replace('_', '-')} {value}: {path} was trained with "
-                             f"{trained}; give the same, or another --out")
-    epochs, num_steps = len(checkpoint["log"]), len(run["losses"])
-    if checkpoint["recipe_version"] != RECIPE_VERSION:
-        raise ValueError(f"{path}: was trained by version {checkpoint['recipe_version']} of the "
-                         f"recipe, and this is version {RECIPE_VERSION}: start anew, in another "
-                         "--out")
-    known = set_of(checkpoint, path)
-    if (checkpoint["split"] != run["split"] or
-            any(known[name] != run["set"][name] for name in ("classes", "scale"))):
-        raise ValueError(f"{path}: was trained on other tiles, or with other classes or another "
-                         "scale: prepare the same images again, with the same flags")
-    if run["args"]["epochs"] * num_steps < checkpoint["step"]:
-        raise ValueError(f"--epochs {run['args']['epochs']}: {path} has trained longer, "
-                         f"{checkpoint['step'] / num_steps:.1f} epochs")
-    for name in "model", "trained":
-        build_model(checkpoint | {"model": checkpoint[name]}, path)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moments = checkpoint["optimizer"]["state"]
-    sound = (checkpoint["step"] // num_steps == epochs == len(checkpoint["seconds"])
-             and checkpoint["losses"].shape == run["losses"].shape
-             and [*moments] in ([], [*range(len(parameters))])
-             and all(isinstance(moment.get(name), torch.Tensor) and moment[name].shape == shape
-                     for parameter, moment in zip(parameters, moments.values())
-                     for name, shape in (("step", ()), ("exp_avg", parameter.shape),
-                                         ("exp_avg_sq", parameter.shape))))
-    if not sound:
-        raise ValueError(f"{path}: its parts do not fit each other: it is damaged; start anew, in "
-                         "another --out")
-    return checkpoint
-
-
-def finished_scores(folder, log):
-    """Read the scores of a finished run -> dict.
-
-    None if there are none, or if they were written before the run was lengthened.
-    """
-    path = folder / "scores.json"
-    scores = read_scores(path) if path.exists() else None
-    return scores if scores and scores["log"] == log else None
 
 
 def wrap(model, compiled, device, world_size):

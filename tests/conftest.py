@@ -1,9 +1,14 @@
 """What several test files share: where things are, made-up tiles, and a small finished run."""
 
+import csv
 import itertools
+import json
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +29,7 @@ from models import create_model  # noqa: E402
 from utils import run_cli  # noqa: E402
 
 FLAGS = "--data monuseg --width 2 --batch-size 2 --epochs 3 --device cpu".split()
+OFTEN = "--save-every", "0.000001"  # minutes: after every step
 
 
 @pytest.fixture(autouse=True)
@@ -79,10 +85,56 @@ def refused(capsys, script, *flags):
     return line
 
 
+def refused_run(capsys, out, *flags):
+    """Give train.py flags that it must refuse with status 2 -> the one line that it says."""
+    return refused(capsys, train, *arguments(out, *flags))
+
+
 def load(path):
     """A checkpoint without its clock, in which alone equal runs may differ."""
     checkpoint = torch.load(path, weights_only=True)
     return {name: checkpoint[name] for name in checkpoint if name not in ("seconds", "elapsed")}
+
+
+def read_scores(out):
+    scores = json.loads((out / "scores.json").read_text())
+    assert len(scores["seconds"]) == len(scores["log"]) and min(scores["seconds"]) > 0
+    assert scores.pop("seconds") == sorted(torch.load(out / "last.pt")["seconds"])
+    return scores
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def read_log(out):
+    with open(out / "log.csv", newline="") as file:
+        return [{key: float(row[key]) for key in row} for row in csv.DictReader(file)]
+
+
+def leaves(value, name=""):
+    """Nested dicts and lists -> one flat dict of their values."""
+    if not isinstance(value, (dict, list, tuple)):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {k: v for key, item in items for k, v in leaves(item, f"{name}/{key}").items()}
+
+
+def same(one, other):
+    """Equal to the last bit."""
+    one, other = leaves(one), leaves(other)
+    return one.keys() == other.keys() and all(
+        torch.equal(one[k], other[k]) if isinstance(one[k], torch.Tensor) else one[k] == other[k]
+        for k in one)
+
+
+def assert_same_run(out, whole):
+    assert same(load(out / "best.pt"), load(whole / "best.pt"))
+    assert same(load(out / "last.pt"), load(whole / "last.pt"))
+    assert read_scores(out) == read_scores(whole)
+    out, whole = content(out), content(whole)
+    assert sorted(name for name in out if name[0] != ".") == sorted(whole)
+    assert out["log.csv"] == whole["log.csv"]
 
 
 def save_network(path, model, skip="conv", num_classes=1, width=2, name="monuseg"):
@@ -119,6 +171,46 @@ def whole(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         use_made_up_tiles(patch)
         return SimpleNamespace(score=fit(out), out=out)
+
+
+def command(flags, before, environment, notes, folder):
+    """The body of a process: `python train.py` on the made-up tiles, its output in files."""
+    sys.stdout, sys.stderr = open(f"{notes}.out", "w"), open(f"{notes}.err", "w")
+    sys.argv = ["train.py", *flags]
+    os.environ.update(environment)
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    data.load = made_up_tiles
+    before()
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+@pytest.fixture
+def start(posix, tmp_path, monkeypatch):
+    """Start train.py in a process -> it, with `said(suffix)`, the text of its .out or .err.
+
+    It is forked from one that has imported torch. Runs that are killed, interrupted, fill a disk or
+    work in pairs are such processes; all others go through `fit`.
+    """
+    def begin(out, *flags, before=os.getpid, folder=tmp_path, **environment):
+        notes = tmp_path / f"process-{len(started)}"
+        started.append(processes.Process(target=command, args=(
+            arguments(out, *flags), before, environment, notes, folder)))
+        started[-1].start()
+        started[-1].said = lambda suffix: Path(f"{notes}{suffix}").read_text()
+        return started[-1]
+
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    started, processes = [], multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["train", "torch._dynamo"])  # the optimizer imports the latter
+    yield begin
+    for process in started:
+        process.kill()
+
+
+def wait_for_save(process, path, since=0):
+    while process.is_alive() and not (path.exists() and path.stat().st_mtime_ns > since):
+        time.sleep(0.001)
 
 
 def stop_before_batch(patch, number):

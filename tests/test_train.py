@@ -1,32 +1,21 @@
-"""train.py: what a run writes, refuses and survives, on sixteen made-up tiles of 32 pixels.
+"""train.py: what a run writes and refuses, alone and in pairs, on sixteen made-up tiles."""
 
-Runs go through train.main, with a U-Net of width 2. Those that are killed, interrupted, fill a disk
-or work in pairs are processes of their own, forked from one that has imported torch (`start`).
-"""
-
-import csv
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
-import runpy
-import signal
 import socket
-import sys
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import (NOT_CHECKPOINTS, PARTS, ROOT, arguments, edited, fit, load, made_up_tiles,
-                      stop_before_batch)
-from conftest import refused as refused_by
+from conftest import (OFTEN, PARTS, arguments, assert_same_run, content, fit, leaves, load,
+                      made_up_tiles, read_log, read_scores, refused_run, same, stop_before_batch)
 from PIL import Image
 from torch import nn
 
@@ -39,91 +28,8 @@ from losses import loss_for
 from models import SKIPS, build_model, create_model
 
 pytestmark = pytest.mark.usefixtures("tiny_set")
-OFTEN = "--save-every", "0.000001"  # minutes: after every step
 COLUMNS = ["epoch", "train_loss", "val_loss", "val_iou_per_tile", "val_f1_per_tile",
            "val_iou_global", "val_f1_global"]
-
-
-def refused(capsys, out, *flags):
-    """Give flags that must be refused with status 2 -> the one line that it says."""
-    return refused_by(capsys, train, *arguments(out, *flags))
-
-
-def read_scores(out):
-    scores = json.loads((out / "scores.json").read_text())
-    assert len(scores["seconds"]) == len(scores["log"]) and min(scores["seconds"]) > 0
-    assert scores.pop("seconds") == sorted(torch.load(out / "last.pt")["seconds"])
-    return scores
-
-
-def content(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
-
-
-def read_log(out):
-    with open(out / "log.csv", newline="") as file:
-        return [{key: float(row[key]) for key in row} for row in csv.DictReader(file)]
-
-
-def leaves(value, name=""):
-    """Nested dicts and lists -> one flat dict of their values."""
-    if not isinstance(value, (dict, list, tuple)):
-        return {name: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return {k: v for key, item in items for k, v in leaves(item, f"{name}/{key}").items()}
-
-
-def same(one, other):
-    """Equal to the last bit."""
-    one, other = leaves(one), leaves(other)
-    return one.keys() == other.keys() and all(
-        torch.equal(one[k], other[k]) if isinstance(one[k], torch.Tensor) else one[k] == other[k]
-        for k in one)
-
-
-def assert_same_run(out, whole):
-    assert same(load(out / "best.pt"), load(whole / "best.pt"))
-    assert same(load(out / "last.pt"), load(whole / "last.pt"))
-    assert read_scores(out) == read_scores(whole)
-    out, whole = content(out), content(whole)
-    assert sorted(name for name in out if name[0] != ".") == sorted(whole)
-    assert out["log.csv"] == whole["log.csv"]
-
-
-def command(flags, before, environment, notes, folder):
-    """The body of a process: `python train.py` on the made-up tiles, its output in files."""
-    sys.stdout, sys.stderr = open(f"{notes}.out", "w"), open(f"{notes}.err", "w")
-    sys.argv = ["train.py", *flags]
-    os.environ.update(environment)
-    os.chdir(folder)
-    torch.set_num_threads(1)
-    data.load = made_up_tiles
-    before()
-    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-
-
-@pytest.fixture
-def start(posix, tmp_path, monkeypatch):
-    """Start train.py in a process -> it, with `said(suffix)`, the text of its .out or .err."""
-    def begin(out, *flags, before=os.getpid, folder=tmp_path, **environment):
-        notes = tmp_path / f"process-{len(started)}"
-        started.append(processes.Process(target=command, args=(
-            arguments(out, *flags), before, environment, notes, folder)))
-        started[-1].start()
-        started[-1].said = lambda suffix: Path(f"{notes}{suffix}").read_text()
-        return started[-1]
-
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-    started, processes = [], multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["train", "torch._dynamo"])  # the optimizer imports the latter
-    yield begin
-    for process in started:
-        process.kill()
-
-
-def wait_for_save(process, path, since=0):
-    while process.is_alive() and not (path.exists() and path.stat().st_mtime_ns > since):
-        time.sleep(0.001)
 
 
 # What a run leaves behind
@@ -164,6 +70,30 @@ def test_scores_are_those_of_untouched_tiles_worked_out_by_hand(whole):
     validated = read_log(whole.out)[len(best["log"]) - 1]["val_iou_per_tile"]
     assert validated == pytest.approx(np.mean([iou(index) for index in PARTS["val"]]))
     assert whole.score == pytest.approx(np.mean([iou(index) for index in PARTS["test"]])) != 0
+
+
+def test_the_log_holds_means_over_tiles_and_every_average_under_its_name(tmp_path, monkeypatch):
+    def recorded(*args):
+        def loss(logits, masks):
+            values = loss_for(*args)(logits, masks)
+            (trained if logits.requires_grad else scored).append(values.detach().clone())
+            return values
+        return loss
+
+    trained, scored = [], []
+    monkeypatch.setattr(train, "loss_for", recorded)
+    fit(tmp_path, "--epochs", "1")
+    row, = read_log(tmp_path)
+    assert row["train_loss"] == pytest.approx(torch.cat(trained).mean().item())
+    assert row["val_loss"] == pytest.approx(torch.cat(scored)[:3].mean().item())  # then the test's
+    confusions, _ = evaluation.evaluate(build_model(load(tmp_path / "best.pt"), ""),
+                                        made_up_tiles(), PARTS["val"], loss_for(1),
+                                        torch.device("cpu"), 2)
+    metrics = evaluation.compute_metrics(confusions)
+    assert metrics["global"] != pytest.approx(metrics["per_tile"])
+    for name in "iou", "f1":
+        for average in "per_tile", "global":
+            assert row[f"val_{name}_{average}"] == pytest.approx(metrics[average][name])
 
 
 def test_best_is_the_epoch_of_the_best_validation_iou_also_after_a_resume(tmp_path, monkeypatch):
@@ -221,94 +151,7 @@ def test_runs_that_differ_have_folders_of_their_own(flags, folder):
     assert train.parse_args(flags.split()).out == Path("runs", folder)
 
 
-def test_a_run_is_never_overwritten(tmp_path, capsys):
-    fit(tmp_path / "run", "--epochs", "1")
-    before = content(tmp_path / "run")
-    assert "--out" in refused(capsys, tmp_path / "run", "--seed", "1")
-    assert content(tmp_path / "run") == before
-    (tmp_path / "run/last.pt").unlink()
-    for flags in (), ("--resume",):
-        assert "--out" in refused(capsys, tmp_path / "run", *flags)
-    del before["last.pt"]
-    assert content(tmp_path / "run") == before
-
-
-def test_a_run_that_has_not_saved_a_step_does_not_block_its_folder(tmp_path, monkeypatch, whole):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_before_batch(patch, 2)
-        fit(tmp_path / "run")
-    assert fit(tmp_path / "run") == whole.score
-
-
-def test_resume_starts_a_missing_run_and_tells_of_a_finished_one(
-        tmp_path, whole, capsys):
-    assert fit(tmp_path / "run", "--resume") == whole.score
-    assert_same_run(tmp_path / "run", whole.out)
-    before, stamp = content(tmp_path / "run"), (tmp_path / "run/last.pt").stat().st_mtime_ns
-    capsys.readouterr()
-    assert fit(tmp_path / "run", "--resume") == whole.score
-    assert "is finished" in capsys.readouterr().out
-    assert content(tmp_path / "run") == before
-    assert (tmp_path / "run/last.pt").stat().st_mtime_ns == stamp
-
-
-def test_a_longer_run_that_is_killed_before_its_test_is_not_taken_for_finished(tmp_path,
-                                                                               monkeypatch):
-    def crash(*args):
-        raise KeyboardInterrupt
-
-    def epochs():
-        return len(json.loads((tmp_path / "run/scores.json").read_text())["log"])
-
-    fit(tmp_path / "run", "--epochs", "1")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "test", crash)
-        fit(tmp_path / "run", "--epochs", "2", "--resume")
-    assert epochs() == 1  # the scores of before are not lost
-    fit(tmp_path / "run", "--epochs", "2", "--resume")
-    assert epochs() == 2
-
-
-def test_scores_that_an_earlier_run_left_in_the_folder_are_not_taken_for_this_ones(tmp_path,
-                                                                                 monkeypatch):
-    def crash(*args):
-        raise KeyboardInterrupt
-
-    other = fit(tmp_path / "run", "--epochs", "1", "--seed", "1")
-    for name in "last.pt", "best.pt", "log.csv":
-        (tmp_path / "run" / name).unlink()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "test", crash)
-        fit(tmp_path / "run", "--epochs", "1")
-    score = fit(tmp_path / "run", "--epochs", "1", "--resume")
-    assert read_scores(tmp_path / "run")["args"]["seed"] == 0 and score != other
-
-
-def test_two_runs_in_one_folder_at_once_are_refused(start, tmp_path, capsys):
-    process = start(tmp_path / "run", "--epochs", "999", *OFTEN)
-    wait_for_save(process, tmp_path / "run/last.pt")
-    line = refused(capsys, tmp_path / "run", "--epochs", "999", "--resume")
-    assert str(tmp_path / "run") in line and "another process" in line
-    assert process.is_alive()
-
-
-@pytest.mark.parametrize("name", ["best.pt", "log.csv"])
-def test_a_kill_between_an_epochs_writes_loses_none_of_them(tmp_path, monkeypatch, whole, name):
-    """last.pt is written first and knows the epoch; the others catch up on a resume."""
-    def crash(path):
-        if path.name == name and len(load(path.with_name("last.pt"))["log"]) == best:
-            raise KeyboardInterrupt
-        return write_atomic(path)
-
-    best, write_atomic = len(load(whole.out / "best.pt")["log"]), utils.write_atomic
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train if name == "log.csv" else utils, "write_atomic", crash)
-        fit(tmp_path / "run")
-    assert fit(tmp_path / "run", "--resume") == whole.score
-    assert_same_run(tmp_path / "run", whole.out)
-
-
-# Chance, and going on
+# Chance
 
 
 def test_a_seed_fixes_the_run_and_another_changes_all_but_the_split(whole, tmp_path):
@@ -368,21 +211,21 @@ def test_training_tiles_alone_are_augmented_each_time_anew(tmp_path, seen):
                    for one, other in itertools.combinations(seen, 2))
 
 
-@pytest.mark.parametrize("flags, batches, found", [
-    ((), [7], 5), (OFTEN, [8], 7), (OFTEN, [2, 3, 3, 5], 9)],
-    ids=["from an epoch's end", "within an epoch", "four times"])
-def test_resume_equals_uninterrupted_run(whole, tmp_path, monkeypatch, flags, batches, found):
-    out = tmp_path / "run"
-    for life, batch in enumerate(batches):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            stop_before_batch(patch, batch)
-            fit(out, *flags, *["--resume"] * (life > 0))
-        for name in "last.pt", "best.pt", "log.csv":  # as a crash leaves them
-            (out / f".partial-{name}").write_bytes(b"half a file")
-    assert load(out / "last.pt")["step"] == found
-    torch.manual_seed(99)
-    assert fit(out, "--resume") == whole.score
-    assert_same_run(out, whole.out)
+def test_the_network_is_trained_on_what_augmentation_gives_normalised(tmp_path, monkeypatch, seen):
+    def watched(*args):
+        model = create_model(*args)
+        model.register_forward_pre_hook(
+            lambda model, inputs: shown.append(inputs[0].clone()) if model.training else None)
+        return model
+
+    shown = []
+    monkeypatch.setattr(train, "create_model", watched)
+    fit(tmp_path, "--epochs", "1")
+    for images, (*_, augmented, _) in zip(shown, seen, strict=True):
+        torch.testing.assert_close(images, data.normalize(augmented))
+
+
+# When it saves
 
 
 @pytest.fixture
@@ -434,59 +277,18 @@ def test_a_short_epoch_is_saved_if_it_is_the_best_or_the_last(tmp_path, monkeypa
     assert read_log(tmp_path / "run") == read_log(tmp_path / "whole")
 
 
-def test_a_run_whose_data_moved_goes_on_from_where_they_are_now(tiny_set, tmp_path):
-    fit(tmp_path, "--epochs", "1", "--data-root", "before")
-    fit(tmp_path, "--epochs", "2", "--data-root", "after", "--resume")
-    assert load(tmp_path / "last.pt")["data_root"] == "after"
+@pytest.mark.parametrize("flags", [[], ["--checkpointing"], ["--compile"]])
+def test_flags_of_speed_and_memory_reach_the_network(tmp_path, monkeypatch, flags):
+    made, compiled = [], []
+    monkeypatch.setattr(train, "create_model",
+                        lambda *args: made.append(create_model(*args)) or made[-1])
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    fit(tmp_path, "--epochs", "1", *flags)
+    assert made[0].checkpointing == ("--checkpointing" in flags)
+    assert compiled == (made if "--compile" in flags else [])
 
 
-def test_resume_repeats_what_the_network_itself_draws(tmp_path, monkeypatch):
-    """As Swin-UNet's stochastic depth does; here it is a dropout before the U-Net's head."""
-    def with_dropout(*args, **kwargs):
-        model = create_model(*args, **kwargs)
-        model.head.register_forward_pre_hook(
-            lambda head, inputs: nn.functional.dropout(inputs[0], 0.5, head.training))
-        return model
-
-    monkeypatch.setattr(train, "create_model", with_dropout)
-    fit(tmp_path / "whole", "--epochs", "2")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_before_batch(patch, 8)
-        fit(tmp_path / "run", "--epochs", "2", *OFTEN)
-    torch.manual_seed(99)
-    fit(tmp_path / "run", "--epochs", "2", "--resume")
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
-
-
-def test_kill_9_at_random_moments_changes_nothing(start, tmp_path):
-    last, before = tmp_path / "run/last.pt", 0
-    for life in range(3):
-        process = start(last.parent, "--epochs", "999", *OFTEN, *["--resume"] * (life > 0))
-        wait_for_save(process, last, before)
-        time.sleep(random.uniform(0, 0.06))
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, process.said(".err")
-        before = last.stat().st_mtime_ns
-    epochs = "--epochs", str(load(last)["step"] // 5 + 1)  # of five steps each
-    assert fit(last.parent, *epochs, "--resume") == fit(tmp_path / "whole", *epochs)
-    assert_same_run(last.parent, tmp_path / "whole")
-
-
-def heed_ctrl_c():
-    """As in a terminal. Processes of a suite that a script started with & would ignore it."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def test_ctrl_c_is_one_line_that_says_how_to_go_on(start, tmp_path):
-    process = start(tmp_path / "run", "--epochs", "999", *OFTEN, before=heed_ctrl_c)
-    wait_for_save(process, tmp_path / "run/last.pt")
-    time.sleep(random.uniform(0, 0.3))
-    os.kill(process.pid, signal.SIGINT)
-    process.join(60)
-    line, = process.said(".err").strip().splitlines()
-    assert process.exitcode == 130 and "--resume" in line
-    assert len(load(tmp_path / "run/last.pt")["log"]) < 999
+# Several processes
 
 
 def per_tile_norm():
@@ -636,29 +438,14 @@ def test_loss_decreases_on_synthetic_tiles(tmp_path, monkeypatch):
     ("--width", "1000000000"), ("--epochs", "1" + 20 * "0"), ("--seed", "-1"),
     ("--seed", str(2**64)), ("--ignore-index", "0")])
 def test_an_impossible_value_is_refused_by_name(tmp_path, capsys, flag, value):
-    line = refused(capsys, tmp_path / "run", flag, value)
+    line = refused_run(capsys, tmp_path / "run", flag, value)
     assert flag in line and value in line and not (tmp_path / "run").exists()
 
 
 def test_width_is_the_u_nets_and_a_folder_must_be_one(tmp_path, capsys):
-    assert "--width" in refused(capsys, tmp_path / "run", "--model", "swin_unet")
+    assert "--width" in refused_run(capsys, tmp_path / "run", "--model", "swin_unet")
     (tmp_path / "file").touch()
-    assert re.search(r"file(\W+run)?'", refused(capsys, tmp_path / "file" / "run"))
-
-
-@pytest.mark.parametrize("flag, ours, value", [
-    ("--lr", "0.001", "0.002"), ("--skip", "standard", "fusion"), ("--split", "tile", "image"),
-    ("--width", "2", "4"), ("--seed", "0", "7"), ("--batch-size", "2", "5")])
-def test_resume_refuses_flags_that_contradict_the_run(whole, capsys, flag, ours, value):
-    before = content(whole.out)
-    line = refused(capsys, whole.out, flag, value, "--resume")
-    assert {flag, ours, value} <= set(re.split(r"[ :;,]+", line))
-    assert content(whole.out) == before
-
-
-def test_resume_names_the_flag_on_which_others_depend(whole, capsys):
-    line = refused(capsys, whole.out, "--recipe", "strong", "--windows", "0", "--resume")
-    assert "--recipe monuseg strong: " in line and "trained with monuseg;" in line
+    assert re.search(r"file(\W+run)?'", refused_run(capsys, tmp_path / "file" / "run"))
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -668,65 +455,13 @@ def test_resume_names_the_flag_on_which_others_depend(whole, capsys):
     ("--data mine/", "'mine/' is not the name of a data set"),
     ("--augment none flip", "--augment: all and none stand alone")])
 def test_flags_that_do_not_go_together_are_refused(tmp_path, capsys, flags, said):
-    assert said in refused(capsys, tmp_path / "run", *flags.split())
-
-
-def test_resume_refuses_to_train_fewer_epochs_than_there_are(whole, capsys):
-    before = content(whole.out)
-    assert "--epochs 2" in refused(capsys, whole.out, "--epochs", "2", "--resume")
-    assert content(whole.out) == before
-
-
-def moment(change):
-    return edited(lambda checkpoint: change(checkpoint["optimizer"]["state"]))
-
-
-BROKEN_LAST = {
-    "moments of another shape": moment(lambda state: state[0].update(exp_avg=torch.zeros(9))),
-    "moments no tensors": moment(lambda state: state[1].update(exp_avg_sq=[1.0])),
-    "moments missing": moment(lambda state: state.pop(0)),
-    "optimizer a list": edited(lambda checkpoint: checkpoint.update(optimizer=[1])),
-    "step beyond the log": edited(lambda checkpoint: checkpoint.update(step=4)),
-    "trained another network's": edited(lambda checkpoint: checkpoint.update(
-        trained=create_model("unet", "fusion", 1, 2).state_dict())),
-    "a second missing": edited(lambda checkpoint: checkpoint.update(
-        seconds=checkpoint["seconds"][:-1])),
-    "losses too short": edited(lambda checkpoint: checkpoint.update(losses=torch.zeros(2))),
-    "older recipe": edited(lambda checkpoint: checkpoint.update(recipe_version=1))}
-
-
-@pytest.mark.parametrize("kind", BROKEN_LAST)
-def test_resume_refuses_a_last_pt_whose_parts_do_not_fit(whole, tmp_path, capsys, kind):
-    BROKEN_LAST[kind](tmp_path / "last.pt", whole.out)
-    assert str(tmp_path / "last.pt") in refused(capsys, tmp_path, "--resume")
-
-
-@pytest.mark.parametrize("kind", [*(kind for kind in NOT_CHECKPOINTS if kind != "missing"),
-                                  "best.pt"])
-def test_resume_refuses_what_is_not_a_checkpoint_of_the_run(whole, tmp_path, capsys, kind):
-    if kind == "best.pt":
-        (tmp_path / "last.pt").write_bytes((whole.out / "best.pt").read_bytes())
-    else:
-        NOT_CHECKPOINTS[kind](tmp_path / "last.pt", whole.out)
-    assert str(tmp_path / "last.pt") in refused(capsys, tmp_path, "--resume")
-    assert not (tmp_path / "it ran").exists()
-
-
-def test_resume_refuses_other_tiles(whole, capsys, monkeypatch):
-    tiles = made_up_tiles()
-    tiles.rows = [(row[0] + "x", *row[1:]) for row in tiles.rows]
-    monkeypatch.setattr(train, "load", lambda *_: tiles)
-    assert "other tiles" in refused(capsys, whole.out, "--resume")
-    tiles = made_up_tiles()
-    for change in {"classes": ["one", "two", "three"]}, {"classes": ["other"]}, {"scale": 2.0}:
-        tiles.info = made_up_tiles().info | change
-        assert "other classes or another scale" in refused(capsys, whole.out, "--resume")
+    assert said in refused_run(capsys, tmp_path / "run", *flags.split())
 
 
 def test_a_validation_loss_that_is_not_a_number_stops_a_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "loss_for", lambda *args: lambda logits, masks: loss_for(*args)(
         logits, masks) * (1 if logits.requires_grad else math.nan))
-    assert "nan in epoch 1, validation tile 1" in refused(capsys, tmp_path, "--epochs", "1")
+    assert "nan in epoch 1, validation tile 1" in refused_run(capsys, tmp_path, "--epochs", "1")
     assert not [*tmp_path.glob("*.pt")]
 
 
@@ -744,7 +479,7 @@ def test_nan_loss_stops_a_run_and_spoils_no_checkpoint(whole, tmp_path, capsys, 
     before = content(tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(train, "loss_for", poisoned)
-        line = refused(capsys, tmp_path / "run", *flags, "--resume")
+        line = refused_run(capsys, tmp_path / "run", *flags, "--resume")
     assert all(part in line for part in ("nan", "epoch 2", "step 3", "--lr", "last.pt"))
     assert load(tmp_path / "run/last.pt")["step"] == found
     changed = {"last.pt": 0, "best.pt": 0}  # the latter with another clock
@@ -756,130 +491,7 @@ def test_nan_loss_stops_a_run_and_spoils_no_checkpoint(whole, tmp_path, capsys, 
 def test_a_rate_far_too_high_ends_with_a_sentence_and_finite_weights(tmp_path, capsys):
     for name, flags in ("often", OFTEN), ("seldom", ()):
         out = tmp_path / name
-        line = refused(capsys, out, "--lr", "1e39", *flags)
+        line = refused_run(capsys, out, "--lr", "1e39", *flags)
         assert re.search(r"(loss is (nan|inf)|weights are not finite) in epoch \d", line)
         assert all(value.isfinite().all() for path in out.glob("*.pt")
                    for value in load(path)["model"].values())
-
-
-def small_disk():
-    import resource
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))  # room for weights, not for all
-
-
-def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(whole, start, tmp_path):
-    fit(tmp_path / "run", "--epochs", "1")
-    process = start(tmp_path / "run", "--resume", before=small_disk)
-    process.join(60)
-    line, = process.said(".err").splitlines()
-    assert process.exitcode == 2 and str(tmp_path / "run/last.pt") in line
-    assert load(tmp_path / "run/last.pt")["step"] == 5
-    assert fit(tmp_path / "run", "--resume") == whole.score
-    assert_same_run(tmp_path / "run", whole.out)
-
-
-# Swin-UNet
-
-
-def test_swin_unet_starts_from_a_file_and_goes_on_without_it(tmp_path, monkeypatch, capsys):
-    import timm  # here, as every process that imports this file would wait for it
-
-    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, depths=(1, 1, 1, 1)))
-    tiles = data.synthetic_tiles(6)
-    tiles.rows = [(f"image-{i}", 0, 0, "train") for i in range(6)]  # 4, 1 and 1 tiles
-    monkeypatch.setattr(train, "load", lambda *_: tiles)
-    monkeypatch.setattr("models.fetch_from_hub", lambda: pytest.fail("asked the hub"))
-    path = tmp_path / "encoder.pth"
-    torch.save(create_model("swin_unet", "standard", 1).encoder.state_dict(), path)
-    flags = ["--model", "swin_unet", "--batch-size", "4", "--epochs", "1", "--lr", "1e-9",
-             "--weights", str(path), "--out", str(tmp_path / "run"), "--device", "cpu"]
-    score = train.main(train.parse_args(flags))
-    assert str(path) in capsys.readouterr().out
-    stored, given = load(tmp_path / "run/last.pt"), torch.load(path)
-    assert str(path) in stored["weights"]
-    name = "layers.2.blocks.0.mlp.fc1.weight"  # at this rate, still what the file held
-    torch.testing.assert_close(stored["model"][f"encoder.{name}"], given[name])
-    path.unlink()
-    assert train.main(train.parse_args([*flags, "--resume"])) == score
-
-
-def test_the_log_holds_means_over_tiles_and_every_average_under_its_name(tmp_path, monkeypatch):
-    def recorded(*args):
-        def loss(logits, masks):
-            values = loss_for(*args)(logits, masks)
-            (trained if logits.requires_grad else scored).append(values.detach().clone())
-            return values
-        return loss
-
-    trained, scored = [], []
-    monkeypatch.setattr(train, "loss_for", recorded)
-    fit(tmp_path, "--epochs", "1")
-    row, = read_log(tmp_path)
-    assert row["train_loss"] == pytest.approx(torch.cat(trained).mean().item())
-    assert row["val_loss"] == pytest.approx(torch.cat(scored)[:3].mean().item())  # then the test's
-    confusions, _ = evaluation.evaluate(build_model(load(tmp_path / "best.pt"), ""),
-                                        made_up_tiles(), PARTS["val"], loss_for(1),
-                                        torch.device("cpu"), 2)
-    metrics = evaluation.compute_metrics(confusions)
-    assert metrics["global"] != pytest.approx(metrics["per_tile"])
-    for name in "iou", "f1":
-        for average in "per_tile", "global":
-            assert row[f"val_{name}_{average}"] == pytest.approx(metrics[average][name])
-
-
-@pytest.mark.parametrize("flags", [[], ["--checkpointing"], ["--compile"]])
-def test_flags_of_speed_and_memory_reach_the_network(tmp_path, monkeypatch, flags):
-    made, compiled = [], []
-    monkeypatch.setattr(train, "create_model",
-                        lambda *args: made.append(create_model(*args)) or made[-1])
-    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
-    fit(tmp_path, "--epochs", "1", *flags)
-    assert made[0].checkpointing == ("--checkpointing" in flags)
-    assert compiled == (made if "--compile" in flags else [])
-
-
-def test_an_average_starts_from_the_pretrained_weights(tmp_path, monkeypatch):
-    def load_pretrained(model, path):
-        model.head.weight.data[:] = 3
-        return "weights"
-
-    monkeypatch.setattr(create_model("unet", "standard", 1, 2).__class__, "pretrained", True)
-    monkeypatch.setattr(nn.Module, "load_pretrained", load_pretrained, raising=False)
-    monkeypatch.setattr(train, "read_last", lambda *_: None)
-    args = train.parse_args(["--data", "synthetic", "--ema", "0.9"])
-    args.width = 2
-    model, scored, optimizer, scaler = train.build_training(args, 1, torch.device("cpu"))
-    changed = train.start_or_resume(args, {}, model, scored, optimizer, scaler)
-    assert changed == {"weights": "weights"}
-    assert scored is not model and (scored.head.weight == 3).all()
-    args.no_pretrained = True
-    assert train.start_or_resume(args, {}, model, scored, optimizer, scaler) == {}
-
-
-def test_resume_refuses_other_pretrained_weights(monkeypatch):
-    monkeypatch.setattr(train, "read_last", lambda *_: {"weights": "encoder weights from a.pth"})
-    args = train.parse_args(["--data", "synthetic", "--width", "2"])
-    parts = train.build_training(args, 1, torch.device("cpu"))
-    for weights, no_pretrained in ("other.pth", False), (None, True):
-        args.weights, args.no_pretrained = weights, no_pretrained
-        with pytest.raises(ValueError, match="started with encoder weights from a.pth, not"):
-            train.start_or_resume(args, {}, *parts)
-    monkeypatch.setattr(type(parts[0]), "pretrained", True)
-    monkeypatch.setattr(train, "read_last", lambda *_: {"weights": "from scratch"})
-    args.weights = args.no_pretrained = None
-    with pytest.raises(ValueError, match="started with from scratch, not pretrained"):
-        train.start_or_resume(args, {}, *parts)
-
-
-def test_the_network_is_trained_on_what_augmentation_gives_normalised(tmp_path, monkeypatch, seen):
-    def watched(*args):
-        model = create_model(*args)
-        model.register_forward_pre_hook(
-            lambda model, inputs: shown.append(inputs[0].clone()) if model.training else None)
-        return model
-
-    shown = []
-    monkeypatch.setattr(train, "create_model", watched)
-    fit(tmp_path, "--epochs", "1")
-    for images, (*_, augmented, _) in zip(shown, seen, strict=True):
-        torch.testing.assert_close(images, data.normalize(augmented))
