@@ -7,7 +7,6 @@ related.py adds those of other papers.
 """
 
 import inspect
-import re
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from itertools import pairwise
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from utils import first_line
+from pretrained import load_swin
 
 
 def resize(x, size):
@@ -227,7 +226,7 @@ class SwinUNet(nn.Module):
         self.skip = skip([192, 384, 768])
 
     def load_pretrained(self, path=None):
-        return load_encoder(self.encoder, path)
+        return load_swin(self.encoder, path)
 
     def encode(self, images):
         """images -> features [192 @ 28, 384 @ 14, 768 @ 7] and the bottleneck, 768 @ 7."""
@@ -335,78 +334,6 @@ def statistics_off(block):
     finally:
         for norm, (momentum, batches) in zip(norms, kept):
             norm.momentum, norm.num_batches_tracked = momentum, batches
-
-
-# -----------------------------------------------------------------------------
-# Pretrained weights of Swin-UNet's encoder (paper 2.2), those of its authors
-
-HUB = "timm/swin_tiny_patch4_window7_224.ms_in1k"  # Microsoft's weights under timm's names
-MICROSOFT = ("https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
-             "swin_tiny_patch4_window7_224.pth")
-
-
-def load_encoder(encoder, path=None):
-    """Load ImageNet weights into a Swin-T -> a text that says where they came from.
-
-    `path` is Microsoft's original file, timm's .safetensors or .pth, or a checkpoint of ours with a
-    Swin-UNet; None takes timm's hub. Raises FileNotFoundError where there is nothing to load, and
-    ValueError unless the file's names and shapes are exactly the encoder's.
-    """
-    import timm
-
-    origin = str(path or f"hub {HUB}")
-    path = path or fetch_from_hub()
-    try:
-        tensors = timm.models.load_state_dict(path, weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file of weights: `./prepare_data.sh weights` "
-                                "fetches one") from None
-    except Exception as error:  # as in load_checkpoint
-        raise ValueError(f"{path}: not weights, or damaged ({first_line(error)}); "
-                         "`./prepare_data.sh weights` fetches the right file") from None
-
-    # A checkpoint of ours holds a whole network.
-    own = {name.removeprefix("encoder."): tensor for name, tensor in tensors.items()
-           if name.startswith("encoder.")}
-    tensors = own or tensors
-    # Microsoft's file counts a patch merging to the stage before it, timm to the stage after it. It
-    # also keeps buffers that timm computes. (timm's own conversion would resize tables that do not
-    # fit, without a word.)
-    if "layers.0.downsample.reduction.weight" in tensors:
-        tensors = {re.sub(r"layers\.(\d)\.downsample",
-                          lambda match: f"layers.{int(match[1]) + 1}.downsample", name): tensor
-                   for name, tensor in tensors.items()
-                   if not name.endswith(("attn_mask", "relative_position_index"))}
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
-
-    expected = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
-    found = {name: getattr(tensor, "shape", None) for name, tensor in tensors.items()}
-    wrong = sorted({name for name, _ in expected.items() ^ found.items()})
-    if wrong:
-        raise ValueError(f"{path}: not a Swin-T: {len(wrong)} tensors are missing, left over or of "
-                         f"another shape, {', '.join(wrong[:3])} among them; `./prepare_data.sh "
-                         "weights` fetches the right file")
-    encoder.load_state_dict(tensors)
-    return f"encoder weights from {origin}"
-
-
-def fetch_from_hub():
-    """timm's file of the weights, from its cache or the hub; FileNotFoundError within seconds."""
-    from huggingface_hub import (get_hf_file_metadata, hf_hub_download, hf_hub_url,
-                                 try_to_load_from_cache)  # what timm uses itself
-
-    cached = try_to_load_from_cache(HUB, "model.safetensors")
-    if isinstance(cached, str):
-        return cached
-    try:
-        # Ask once, with a time limit: without a network, the download itself would retry for long.
-        get_hf_file_metadata(hf_hub_url(HUB, "model.safetensors"), timeout=5)
-        return hf_hub_download(HUB, "model.safetensors")
-    except Exception as error:  # the hub's errors have no common base
-        raise FileNotFoundError(
-            f"no pretrained Swin-T, the hub does not give it ({first_line(error)}): where there is "
-            f"a network, run `./prepare_data.sh weights` or download {MICROSOFT}, and give that "
-            "file with --weights; or train from scratch with --no-pretrained") from None
 
 
 # -----------------------------------------------------------------------------

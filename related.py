@@ -8,7 +8,6 @@
 Importing this file, as every script does that builds networks, enters them in SKIPS and MODELS.
 """
 
-import socket
 from itertools import pairwise
 
 import torch
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import MODELS, SKIPS, double_conv, he_init, print_parameters, resize, returned_channels
-from utils import first_line
+from pretrained import load_vgg19
 
 # -----------------------------------------------------------------------------
 # U-Net++
@@ -260,38 +259,7 @@ class DoubleUNet(nn.Module):
         return self.head(x)                               # (N, num_classes, 224, 224)
 
     def load_pretrained(self, path=None):
-        """Load ImageNet weights into the encoder -> a text that says which.
-
-        `path` is torchvision's vgg19 or a checkpoint of ours with a DoubleU-Net; None takes
-        torchvision's download. Raises FileNotFoundError where there is nothing to load, and
-        ValueError for a file that does not hold a VGG-19.
-        """
-        import timm  # here, as in models.py
-        from torchvision.models import VGG19_Weights
-
-        url = VGG19_Weights.IMAGENET1K_V1.url
-        socket.setdefaulttimeout(30)  # seconds: torch.hub itself would wait for a byte for ever
-        try:
-            tensors = (timm.models.load_state_dict(path, weights_only=True) if path else
-                       torch.hub.load_state_dict_from_url(url, check_hash=True, weights_only=True))
-        except Exception as error:  # neither has a common base for what it raises
-            if path and not isinstance(error, FileNotFoundError):
-                raise ValueError(f"{path}: not weights, or damaged ({first_line(error)})") from None
-            what = f"{path} cannot be read" if path else "the download failed"
-            raise FileNotFoundError(
-                f"no pretrained VGG-19: {what} ({first_line(error)}): where there is a network, "
-                f"download {url}, and give that file with --weights; or train from scratch with "
-                "--no-pretrained") from None
-        finally:
-            socket.setdefaulttimeout(None)
-        prefix = "features." if "features.0.weight" in tensors else "encoder."
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
-                   if name.startswith(prefix)}
-        try:
-            self.encoder.load_state_dict(tensors)
-        except RuntimeError:
-            raise ValueError(f"{path}: not a VGG-19: torchvision's is at {url}") from None
-        return f"encoder weights from {path or url}"
+        return load_vgg19(self.encoder, path)
 
 
 SKIPS.update(nested=NestedSkip, fusionunet=FusionUNetSkip)

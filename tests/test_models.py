@@ -1,19 +1,17 @@
-"""models.py: the paper's parameter counts, sizes, the skips' equations, pretrained weights.
+"""models.py: the paper's parameter counts, sizes, the skips' equations, checkpoints.
 
 What holds for any network and skip is claimed of all in MODELS and SKIPS, yours included;
 `python -m pytest tests -k skip` runs what concerns skips.
 """
 
 import copy
-import socket
 from functools import partial
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, fit, save_network
+from conftest import fit, save_network
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +19,7 @@ import eval as evaluation
 import models
 from losses import loss_for
 from models import (MODELS, SKIPS, ConvSkip, FusionSkip, StandardSkip, build_model, create_model,
-                    load_encoder, parameter_counts, print_parameters, returned_channels)
+                    parameter_counts, print_parameters, returned_channels)
 from utils import load_checkpoint
 
 COUNTS = {  # one class; the first and the fifth are the paper's Table 1
@@ -411,7 +409,7 @@ def test_batch_50_in_half_precision_and_checkpointed_fits_8_gb(model, skip):
     assert 2e9 < kept < 8e9 - 2e9 - weights
 
 
-# Trained and pretrained weights
+# Trained weights
 
 
 def test_checkpoint_rebuilds_the_network(tmp_path):
@@ -433,107 +431,3 @@ def test_a_checkpoint_knows_its_skip_depth(tmp_path):
         build_model(checkpoint, path)
     rebuilt = build_model(checkpoint | {"model": deep.state_dict()}, path)
     assert torch.equal(rebuilt.skip.convs[3][2].weight, deep.skip.convs[3][2].weight)
-
-
-def in_microsofts_layout(encoder):
-    """A state dict as Microsoft's file has it, from a timm encoder."""
-    tensors = {}
-    for name, tensor in encoder.state_dict().items():
-        if ".downsample." in name:
-            number = int(name.split(".")[1])
-            name = name.replace(f"layers.{number}.", f"layers.{number - 1}.")
-        tensors[name] = tensor
-    tensors["layers.0.blocks.1.attn_mask"] = torch.zeros(64, 49, 49)
-    tensors["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49).long()
-    return tensors | {"head.weight": torch.zeros(1000, 768), "head.bias": torch.zeros(1000)}
-
-
-def save_weights(layout, swin, path):
-    tensors = swin.encoder.state_dict()
-    if layout == "timm.safetensors":
-        from safetensors.torch import save_file  # comes with timm
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    else:
-        torch.save({"microsoft": {"model": in_microsofts_layout(swin.encoder)},
-                    "timm.pth": tensors | {"head.fc.weight": torch.zeros(1000, 768)},
-                    "ours": {"model": swin.state_dict(), "epoch": 3}}[layout], path)
-
-
-@pytest.mark.parametrize("layout", ["microsoft", "timm.pth", "timm.safetensors", "ours"])
-def test_weights_of_every_layout_load_to_the_same_function(layout, swin, tmp_path):
-    path, other = tmp_path / layout, copy.deepcopy(swin.encoder).eval()
-    save_weights(layout, swin, path)
-    for parameter in other.parameters():
-        parameter.data.zero_()
-    assert str(path) in load_encoder(other, path)
-    assert all(map(torch.equal, other.state_dict().values(), swin.encoder.state_dict().values()))
-    images, encoder = torch.randn(1, 3, 224, 224), copy.deepcopy(swin.encoder).eval()
-    assert all(map(torch.equal, other(images), encoder(images)))
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:timm")
-@pytest.mark.parametrize("change, message", [
-    (lambda tensors: {name: tensors[name] for name in tensors if not name.startswith("norm.")},
-     "2 tensors are missing, .*, norm.bias, norm.weight among"),
-    (lambda tensors: tensors | {"extra": torch.ones(1)}, "1 tensors .* left over .*, extra among"),
-    (lambda tensors: tensors | {"patch_embed.proj.weight": torch.zeros(96, 3, 8, 8)},
-     "1 tensors .* another shape, patch_embed.proj.weight among"),
-    (lambda tensors: {name: torch.zeros(23 * 23, tensor.shape[1]) if "bias_table" in name else
-                      tensor for name, tensor in tensors.items()}, "12 tensors .* another shape"),
-    (lambda tensors: create_model("unet", "conv", 1, 4).state_dict(), "not a Swin-T"),
-    (lambda tensors: {"net": tensors, "epoch": 3}, "not a Swin-T: .* epoch")],
-    ids=["missing", "left over", "reshaped", "windows of 12", "a U-Net's", "another project's"])
-def test_weights_that_fit_only_partly_are_refused_by_name(swin, tmp_path, change, message):
-    encoder, tensors = copy.deepcopy(swin.encoder), in_microsofts_layout(swin.encoder)
-    torch.save(change(tensors), tmp_path / "wrong.pth")
-    with pytest.raises(ValueError, match=f"wrong.pth: .*{message}"):
-        load_encoder(encoder, tmp_path / "wrong.pth")
-    assert all(map(torch.equal, encoder.state_dict().values(), swin.encoder.state_dict().values()))
-
-
-class RunsCode:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def test_weights_that_are_missing_or_damaged_are_named(swin, tmp_path, monkeypatch):
-    (tmp_path / "page.pth").write_text("<html>quota exceeded</html>")
-    with pytest.raises(ValueError, match="page.pth: not weights"):
-        load_encoder(swin.encoder, tmp_path / "page.pth")
-    with pytest.raises(FileNotFoundError, match="none.pth: no such file"):
-        load_encoder(swin.encoder, tmp_path / "none.pth")
-    original = timm.models.load_state_dict  # with the default of our oldest timm, which runs code
-    monkeypatch.setattr(timm.models, "load_state_dict", lambda path, weights_only=False: original(
-        path, weights_only=weights_only))
-    torch.save({"model": RunsCode(tmp_path / "ran")}, tmp_path / "code.pth")
-    with pytest.raises(ValueError, match="code.pth: not weights"):
-        load_encoder(swin.encoder, tmp_path / "code.pth")
-    assert not (tmp_path / "ran").exists()
-
-
-ASK = """import time
-import huggingface_hub
-from models import fetch_from_hub
-ask = huggingface_hub.get_hf_file_metadata  # the same with a tenth of the patience
-huggingface_hub.get_hf_file_metadata = lambda url, timeout: ask(url, timeout=timeout / 10)
-start = time.time()
-try:
-    fetch_from_hub()
-except FileNotFoundError as error:
-    print(time.time() - start, error)
-"""
-
-
-def test_without_the_hub_one_sentence_says_what_to_download(script, tmp_path):
-    (tmp_path / "ask.py").write_text(ASK)  # huggingface_hub reads its environment once
-    with socket.create_server(("127.0.0.1", 0)) as server:  # accepts, and never answers
-        port = server.getsockname()[1]
-        run = script(tmp_path / "ask.py", PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="0", NO_PROXY="*",
-                     HF_HOME=str(tmp_path), HF_ENDPOINT=f"http://127.0.0.1:{port}")
-    line, = run.stdout.splitlines()
-    assert float(line.split()[0]) < 25  # seconds
-    for part in "no pretrained Swin-T", "prepare_data.sh weights", ".pth", "--weights":
-        assert part in line

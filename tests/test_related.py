@@ -1,17 +1,13 @@
-"""related.py: the counts and equations of other papers' skips and networks, and their weights.
+"""related.py: the counts and equations of other papers' skips and networks.
 
 What holds for every entry of SKIPS and MODELS is claimed in test_models.py.
 """
-
-import socket
-import urllib.error
 
 import pytest
 import torch
 from conftest import arguments, fit, refused, save_network
 from PIL import Image
 from torch import nn
-from torchvision.models import vgg19
 
 import eval as evaluation
 import predict
@@ -137,56 +133,6 @@ def test_second_u_net_sees_the_image_times_one_mask_for_all_classes(double):
     torch.testing.assert_close(seen["second"][0], images * mask)
     for hook in hooks:
         hook.remove()
-
-
-@pytest.mark.parametrize("layout", ["torchvision's", "ours"])
-def test_weights_of_vgg_load_from_either_layout(layout, double, tmp_path):
-    tensors = {name: tensor.clone() for name, tensor in double.encoder.state_dict().items()}
-    with torch.device("meta"):
-        names = [name for name in vgg19().state_dict() if name.startswith("features.")]
-    torch.save({"model": double.state_dict()} if layout == "ours" else {
-        **dict(zip(names, tensors.values(), strict=True)), "classifier.6.bias": torch.zeros(1000)},
-        tmp_path / "vgg.pth")
-    for parameter in double.encoder.parameters():
-        parameter.data.zero_()
-    assert str(tmp_path / "vgg.pth") in double.load_pretrained(tmp_path / "vgg.pth")
-    assert all(map(torch.equal, double.encoder.state_dict().values(), tensors.values()))
-
-
-def test_files_that_hold_no_vgg_are_named(double, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no pretrained VGG-19.*none.pth.*--no-pretrained"):
-        double.load_pretrained(tmp_path / "none.pth")
-    (tmp_path / "page.pth").write_text("<html>quota exceeded</html>")
-    with pytest.raises(ValueError, match="page.pth: not weights"):
-        double.load_pretrained(tmp_path / "page.pth")
-    torch.save(create_model("unet", "conv", 1, 4).state_dict(), tmp_path / "unet.pth")
-    with pytest.raises(ValueError, match="unet.pth: not a VGG-19"):
-        double.load_pretrained(tmp_path / "unet.pth")
-
-
-def test_without_a_network_one_sentence_says_what_to_download(double, monkeypatch):
-    def refuse(*args, **more):
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
-    with pytest.raises(FileNotFoundError) as error:
-        double.load_pretrained()
-    assert len(str(error.value).splitlines()) == 1
-    for part in "no route to host", "vgg19-dcbb9e9d.pth", "--weights", "--no-pretrained":
-        assert part in str(error.value)
-
-
-def test_a_server_that_never_answers_is_not_waited_for(double, tmp_path, monkeypatch):
-    download, limit = torch.hub.load_state_dict_from_url, socket.setdefaulttimeout
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: limit(seconds and 0.1))
-    with socket.create_server(("127.0.0.1", 0)) as server:  # accepts, and says nothing
-        address = f"http://127.0.0.1:{server.getsockname()[1]}/vgg19-dcbb9e9d.pth"
-        monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **more: download(
-            address, tmp_path, **more))
-        with pytest.raises(FileNotFoundError, match="the download failed .*timed out"):
-            double.load_pretrained()
-    assert socket.getdefaulttimeout() is None
 
 
 def test_aspp_sees_the_mean_and_taps_that_are_6_12_and_18_pixels_apart():

@@ -209,7 +209,7 @@ def test_swin_unet_starts_from_a_file_and_goes_on_without_it(tmp_path, monkeypat
     tiles = data.synthetic_tiles(6)
     tiles.rows = [(f"image-{i}", 0, 0, "train") for i in range(6)]  # 4, 1 and 1 tiles
     monkeypatch.setattr(train, "load", lambda *_: tiles)
-    monkeypatch.setattr("models.fetch_from_hub", lambda: pytest.fail("asked the hub"))
+    monkeypatch.setattr("pretrained.fetch_from_hub", lambda: pytest.fail("asked the hub"))
     path = tmp_path / "encoder.pth"
     torch.save(create_model("swin_unet", "standard", 1).encoder.state_dict(), path)
     flags = ["--model", "swin_unet", "--batch-size", "4", "--epochs", "1", "--lr", "1e-9",
