@@ -526,6 +526,9 @@ READERS = {
 }
 
 
+PROGRESS = "progress.json"  # how many files and tiles are done, of which list and which files
+
+
 def stamp(item):
     """Bytes that change when another file takes the place of an item's image or mask."""
     facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in item[:2]]
@@ -561,33 +564,55 @@ def prepare(data, folders, root, **options):
         except UnicodeEncodeError:
             raise ValueError(f"{image}: its name, or its mask's, is not UTF-8: rename it") from None
     rows = [row for item in items for row in item[2]]
-    lock = lock_folder(working)
+    start, lock = time.time(), lock_folder(working)
+    write_arrays(working, items, read, *start_or_continue(working, items, rows, info))
 
-    # Start, or continue if the partial folder was made from the very same list, and the files that
-    # are done are still the same.
+    # Finish: write what is known and the table, then give the folder the name that is looked for.
+    source = {"from": [str(Path(folder).absolute()) for folder in folders]}
+    (working / "set.json").write_text(json.dumps(info | source, indent=1), encoding="utf-8")
+    with open(working / "tiles.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([COLUMNS, *rows])
+    lock.close()  # Windows renames no folder in which a file is open
+    working.rename(final)
+    for name in PROGRESS, ".lock":
+        Path(final, name).unlink()
+    print_progress(f"{final}: {len(rows)} tiles from {len(items)} files in "
+                   f"{time.time() - start:.0f} s\n")
+
+
+def start_or_continue(working, items, rows, info):
+    """Find out how far `working` is, or create its arrays -> state as in PROGRESS, hash of stamps.
+
+    What is done is kept if it was made from the very same list, of files that are still the same.
+    """
     listed = json.dumps([rows, info])
     state = {"list": hashlib.sha256(listed.encode()).hexdigest(), "files": 0, "tiles": 0}
-    progress = working / "progress.json"
+    progress = working / PROGRESS
     before = json.loads(progress.read_text()) if progress.exists() else {}
     finished = hashlib.sha256()
     for item in items[:before.get("files", 0)]:
         finished.update(stamp(item))
     if (before.get("list"), before.get("stamp")) == (state["list"], finished.hexdigest()):
-        state = before
-    else:
-        finished = hashlib.sha256()
-        progress.unlink(missing_ok=True)  # it tells of the arrays that are replaced now
-        for name, shape in ARRAYS.items():
-            np.lib.format.open_memmap(working / f"{name}.npy", "w+", np.uint8, (len(rows), *shape))
+        return before, finished
+    progress.unlink(missing_ok=True)  # it tells of the arrays that are replaced now
+    for name, shape in ARRAYS.items():
+        np.lib.format.open_memmap(working / f"{name}.npy", "w+", np.uint8, (len(rows), *shape))
+    return state, hashlib.sha256()
 
-    # Read a chunk of files, write their tiles, note how far we are. (Plain writes: where the
-    # disk is full they raise, while writing to a memory map would kill the process.)
+
+def write_arrays(working, items, read, state, finished):
+    """Read a chunk of files, write their tiles, note how far we are; and so on to the last item.
+
+    These are plain writes: where the disk is full they raise, while writing to a memory map would
+    kill the process.
+    """
     start, first = time.time(), state["files"]
+    tiles_left = sum(len(item[2]) for item in items) - state["tiles"]
     chunk_size = max(1, 256 // max(len(item[2]) for item in items))  # files, about 256 tiles
     with (ThreadPoolExecutor(os.cpu_count()) as pool, open(working / "images.npy", "r+b") as images,
           open(working / "masks.npy", "r+b") as masks):
         for file, shape in zip((images, masks), ARRAYS.values()):
-            file.seek(-math.prod(shape) * (len(rows) - state["tiles"]), os.SEEK_END)
+            file.seek(-math.prod(shape) * tiles_left, os.SEEK_END)
         for begin in range(first, len(items), chunk_size):
             chunk = items[begin:begin + chunk_size]
             for item, arrays in zip(chunk, pool.map(lambda item: read(*item[:2]), chunk)):
@@ -602,19 +627,7 @@ def prepare(data, folders, root, **options):
                 file.flush()
                 os.fsync(file.fileno())
             state["files"], state["stamp"] = begin + len(chunk), finished.hexdigest()
-            with write_atomic(progress) as file:
+            with write_atomic(working / PROGRESS) as file:
                 file.write(json.dumps(state).encode())
             eta = (time.time() - start) / (state["files"] - first) * (len(items) - state["files"])
-            print_progress(f"{data}: {state['files']}/{len(items)} files, {eta:.0f} s left")
-
-    # Finish: write what is known and the table, then give the folder the name that is looked for.
-    source = {"from": [str(Path(folder).absolute()) for folder in folders]}
-    (working / "set.json").write_text(json.dumps(info | source, indent=1), encoding="utf-8")
-    with open(working / "tiles.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([COLUMNS, *rows])
-    lock.close()  # Windows renames no folder in which a file is open
-    working.rename(final)
-    for name in progress.name, ".lock":
-        Path(final, name).unlink()
-    print_progress(f"{final}: {len(rows)} tiles from {len(items)} files in "
-                   f"{time.time() - start:.0f} s\n")
+            print_progress(f"{working.stem}: {state['files']}/{len(items)} files, {eta:.0f} s left")

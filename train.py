@@ -199,12 +199,9 @@ def main(args):
     num_steps = len(parts["train"]) // args.batch_size  # in an epoch
     memory_format = memory_format_for(device, args.bf16)
 
-    # Start, or go on from last.pt. `run` is what a checkpoint holds beside weights and optimizer.
-    run = {"args": {name: getattr(args, name) for name in RECORDED}, "num_classes": num_classes,
-           "set": tiles.info, "split": fingerprint(tiles.rows, parts), "data_root": args.data_root,
-           "recipe_version": RECIPE_VERSION, "weights": "from scratch", "step": 0,
-           "losses": torch.zeros(num_steps), "log": [], "seconds": [], "elapsed": 0.0}
+    # Start, or go on from last.pt.
     on_rank_0(open_folder, args)
+    run = new_run(args, tiles, parts, num_steps)
     run |= start_or_resume(args, run, raw_model, eval_model, optimizer, scaler)
     log, losses, total = run["log"], run["losses"].to(device), args.epochs * num_steps
     if run["step"] == total and (scores := on_rank_0(finished_scores, args.out, log)):
@@ -335,6 +332,15 @@ def read_data(args, world_size):
     if not scored_labels(max(2, num_classes), args.ignore_index):
         raise ValueError(f"{ignored}: leaves no label to score: name fewer")
     return tiles, parts, whole_images(args.data, tiles, parts["train"]) if args.windows else None
+
+
+def new_run(args, tiles, parts, num_steps):
+    """What a checkpoint holds beside weights and optimizer, as it is before the first step."""
+    return {"args": {name: getattr(args, name) for name in RECORDED},
+            "num_classes": len(tiles.info["classes"]), "set": tiles.info,
+            "split": fingerprint(tiles.rows, parts), "data_root": args.data_root,
+            "recipe_version": RECIPE_VERSION, "weights": "from scratch", "step": 0,
+            "losses": torch.zeros(num_steps), "log": [], "seconds": [], "elapsed": 0.0}
 
 
 def build_training(args, num_classes, device):
