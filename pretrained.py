@@ -45,7 +45,7 @@ def load_vgg19(encoder, path=None):
 
     url = VGG19_Weights.IMAGENET1K_V1.url
     hint = f"torchvision's file is at {url}"
-    tensors = read_weights(path, hint) if path else download(url)
+    tensors = read_weights(path, hint) if path else download_vgg19(url)
     tensors = strip_prefix(tensors, "features.") or strip_prefix(tensors, "encoder.")
     load_exactly(encoder, tensors, f"{path or url}: not a VGG-19", hint)
     return f"encoder weights from {path or url}"
@@ -99,8 +99,11 @@ def fetch_from_hub():
             "file with --weights; or train from scratch with --no-pretrained") from None
 
 
-def download(url):
-    """Download weights with torch.hub, or take them from its cache -> {name: tensor}."""
+def download_vgg19(url):
+    """torchvision's weights, from torch.hub's cache or `url` -> {name: tensor}.
+
+    Raises FileNotFoundError if they cannot be had, within half a minute if nobody answers.
+    """
     socket.setdefaulttimeout(30)  # seconds: torch.hub itself would wait for a byte for ever
     try:
         return torch.hub.load_state_dict_from_url(url, check_hash=True, weights_only=True)

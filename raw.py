@@ -603,8 +603,8 @@ def start_or_continue(working, items, rows, info):
 def write_arrays(working, items, read, state, finished):
     """Read a chunk of files, write their tiles, note how far we are; and so on to the last item.
 
-    These are plain writes: where the disk is full they raise, while writing to a memory map would
-    kill the process.
+    `state` and `finished` are those of `start_or_continue`, and go on from there. The writes are
+    plain ones: where the disk is full they raise, while a memory map would kill the process.
     """
     start, first = time.time(), state["files"]
     tiles_left = sum(len(item[2]) for item in items) - state["tiles"]

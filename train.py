@@ -335,7 +335,7 @@ def read_data(args, world_size):
 
 
 def new_run(args, tiles, parts, num_steps):
-    """What a checkpoint holds beside weights and optimizer, as it is before the first step."""
+    """What a checkpoint holds beside weights and optimizer, before the first step -> dict."""
     return {"args": {name: getattr(args, name) for name in RECORDED},
             "num_classes": len(tiles.info["classes"]), "set": tiles.info,
             "split": fingerprint(tiles.rows, parts), "data_root": args.data_root,

@@ -1,4 +1,4 @@
-"""What several test files share: where things are, made-up tiles, and a small finished run."""
+"""What several test files share: made-up tiles, runs on them, and how two runs compare."""
 
 import csv
 import itertools

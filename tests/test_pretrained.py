@@ -12,7 +12,7 @@ from conftest import ROOT
 from torchvision.models import vgg19
 
 from models import create_model
-from pretrained import load_swin, load_vgg19
+from pretrained import load_swin
 
 
 @pytest.fixture(scope="module")
@@ -148,19 +148,19 @@ def test_weights_of_vgg_load_from_either_layout(layout, double, tmp_path):
         tmp_path / "vgg.pth")
     for parameter in double.encoder.parameters():
         parameter.data.zero_()
-    assert str(tmp_path / "vgg.pth") in load_vgg19(double.encoder, tmp_path / "vgg.pth")
+    assert str(tmp_path / "vgg.pth") in double.load_pretrained(tmp_path / "vgg.pth")
     assert all(map(torch.equal, double.encoder.state_dict().values(), tensors.values()))
 
 
 def test_files_that_hold_no_vgg_are_named(double, tmp_path):
     with pytest.raises(FileNotFoundError, match="none.pth: no such file .*vgg19-dcbb9e9d.pth"):
-        load_vgg19(double.encoder, tmp_path / "none.pth")
+        double.load_pretrained(tmp_path / "none.pth")
     (tmp_path / "page.pth").write_text("<html>quota exceeded</html>")
     with pytest.raises(ValueError, match="page.pth: not weights"):
-        load_vgg19(double.encoder, tmp_path / "page.pth")
+        double.load_pretrained(tmp_path / "page.pth")
     torch.save(create_model("unet", "conv", 1, 4).state_dict(), tmp_path / "unet.pth")
-    with pytest.raises(ValueError, match="unet.pth: not a VGG-19"):
-        load_vgg19(double.encoder, tmp_path / "unet.pth")
+    with pytest.raises(ValueError, match="unet.pth: not a VGG-19: .* tensors are missing, "):
+        double.load_pretrained(tmp_path / "unet.pth")
 
 
 def test_without_a_network_one_sentence_says_what_to_download(double, monkeypatch):
@@ -169,7 +169,7 @@ def test_without_a_network_one_sentence_says_what_to_download(double, monkeypatc
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
     with pytest.raises(FileNotFoundError) as error:
-        load_vgg19(double.encoder)
+        double.load_pretrained()
     assert len(str(error.value).splitlines()) == 1
     for part in "no route to host", "vgg19-dcbb9e9d.pth", "--weights", "--no-pretrained":
         assert part in str(error.value)
@@ -184,5 +184,5 @@ def test_a_server_that_never_answers_is_not_waited_for(double, tmp_path, monkeyp
         monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **more: download(
             address, tmp_path, **more))
         with pytest.raises(FileNotFoundError, match="the download failed .*timed out"):
-            load_vgg19(double.encoder)
+            double.load_pretrained()
     assert socket.getdefaulttimeout() is None
