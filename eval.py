@@ -9,7 +9,7 @@
     python eval.py runs/*/best.pt --curves curves.png             # training, as the paper's Fig. 2
 
 Everything comes from one confusion matrix per tile, or per whole image. Its two averages differ, by
-up to a point on MoNuSeg and by more with many classes, so both are always shown: "per tile" is what
+about a point on MoNuSeg and by more with many classes, so both are always shown: "per tile" is what
 the paper's Table 2 seems to hold, "global" is usual in semantic segmentation.
 """
 

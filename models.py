@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrained import load_swin
+from pretrained import load_swin, misfits
+from utils import first_line
 
 
 def resize(x, size):
@@ -123,6 +124,14 @@ def double_conv(in_channels, out_channels, norm=True):
     return nn.Sequential(*layers)
 
 
+def check_sides(network, name, images):
+    """ValueError unless the images' sides are multiples of what the network asks for."""
+    height, width = images.shape[2:]
+    if height % network.side_multiple or width % network.side_multiple:
+        raise ValueError(f"{name} takes images whose sides are multiples of "
+                         f"{network.side_multiple}, not {height} x {width}: pad or crop them")
+
+
 def he_init(blocks):
     """Draw 3x3 convolutions' weights as U-Net's authors did: Gaussian, std sqrt(2 / inputs).
 
@@ -178,10 +187,7 @@ class UNet(nn.Module):
         self.skip = skip(widths[:-1])
 
     def forward(self, images):
-        height, width = images.shape[2:]
-        if height % 16 or width % 16:
-            raise ValueError(f"U-Net takes images whose sides are multiples of 16, not {height} x "
-                             f"{width}: pad or crop them")
+        check_sides(self, "U-Net", images)
         features, x = [], images                          # (N, 3, 224, 224)
         for block in self.encoder[:-1]:
             features.append(self.run_block(block, x))     # 64 @ 224, 128 @ 112, 256 @ 56, 512 @ 28
@@ -288,15 +294,13 @@ def build_model(checkpoint, path):
                  "num_classes": checkpoint["num_classes"],
                  "skip_depth": args["skip_depth"]}
     try:
-        # Compare shapes without memory, however large the file claims to be. dict() drops the state
-        # dict's metadata: assign=True would leave a flag in it, and the load below would then
-        # assign, too.
-        with torch.device("meta"):
-            create_model(**arguments).load_state_dict(dict(checkpoint["model"]), assign=True)
-    except (RuntimeError, ValueError) as error:
+        with torch.device("meta"):  # takes no memory, however large the file claims to be
+            wrong = ", ".join(misfits(create_model(**arguments), checkpoint["model"])[:3])
+    except (RuntimeError, ValueError) as error:  # there is no such network
+        wrong = first_line(error)
+    if wrong:
         raise ValueError(f"{path}: its weights do not fit the {args['model']} with {args['skip']} "
-                         f"skips that it names ({str(error).splitlines()[-1].strip()}): it was not "
-                         "written by this version") from None
+                         f"skips that it names ({wrong}): it was not written by this version")
     model = create_model(**arguments)
     model.load_state_dict(checkpoint["model"])
     return model

@@ -69,12 +69,16 @@ def strip_prefix(tensors, prefix):
             if name.startswith(prefix)}
 
 
+def misfits(network, tensors):
+    """Names of tensors that are missing, left over or of another shape than the network's."""
+    expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    found = {name: getattr(tensor, "shape", None) for name, tensor in tensors.items()}
+    return sorted({name for name, _ in expected.items() ^ found.items()})
+
+
 def load_exactly(encoder, tensors, complaint, hint):
     """Load tensors; ValueError unless their names and shapes are exactly the encoder's."""
-    expected = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
-    found = {name: getattr(tensor, "shape", None) for name, tensor in tensors.items()}
-    wrong = sorted({name for name, _ in expected.items() ^ found.items()})
-    if wrong:
+    if wrong := misfits(encoder, tensors):
         raise ValueError(f"{complaint}: {len(wrong)} tensors are missing, left over or of another "
                          f"shape, {', '.join(wrong[:3])} among them; {hint}")
     encoder.load_state_dict(tensors)

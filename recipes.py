@@ -16,7 +16,7 @@ RECIPES = {
 COMMON = {"classes": None, "loss": None, "schedule": "constant", "weight_decay": 0.0, "ema": 0.0,
           "augment": "all", "windows": 0.0, "stain": 0.0, "skip_depth": 1, "bf16": False}
 
-# --recipe strong, for each of them: what later work found to pay. results/README.md tells what all
+# --recipe strong, for each of them: what is common in later work. results/README.md tells what all
 # of it together gives to a U-Net and a Swin-UNet on MoNuSeg, and what its 200 epochs add to 60.
 STRONG = {"lr": 2e-3, "schedule": "cosine", "weight_decay": 0.05, "ema": 0.999, "windows": 0.25,
           "stain": 0.25, "swin_unet": {"lr": 2e-4}}

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import MODELS, SKIPS, double_conv, he_init, print_parameters, resize, returned_channels
+from models import (MODELS, SKIPS, check_sides, double_conv, he_init, print_parameters, resize,
+                    returned_channels)
 from pretrained import load_vgg19
 
 # -----------------------------------------------------------------------------
@@ -135,7 +136,7 @@ class FusionUNetSkip(nn.Sequential):
 
     def __init__(self, channels):
         if any(coarse != 2 * fine or fine % 2 for fine, coarse in pairwise(channels)):
-            raise ValueError(f"fusionunet skips take levels of even and doubling numbers of "
+            raise ValueError("fusionunet skips take levels of even and doubling numbers of "
                              f"channels, not {' '.join(map(str, channels))}: give an even --width")
         super().__init__(FusionRound(channels), FusionRound(channels))
 
@@ -217,7 +218,8 @@ class DoubleUNet(nn.Module):
     mask has one channel, however many classes there are: it says where to look, not what is there.
     Loss and scores are of the second U-Net's output alone; the original has a loss on the mask,
     too. Any skip of SKIPS may stand between; `width` and `checkpointing` mean nothing here, as
-    VGG's widths are fixed. Raises ValueError for other sizes.
+    VGG's widths are fixed. ASPP's convolutions keep PyTorch's initial weights. Raises ValueError
+    for other sizes.
     """
 
     pretrained = True
@@ -240,10 +242,7 @@ class DoubleUNet(nn.Module):
         self.skip = nn.ModuleList([skip(one), skip(two)])
 
     def forward(self, images):
-        height, width = images.shape[2:]
-        if height % 16 or width % 16:
-            raise ValueError(f"DoubleU-Net takes images whose sides are multiples of 16, not "
-                             f"{height} x {width}: pad or crop them")
+        check_sides(self, "DoubleU-Net", images)
         features, x = [], images                          # (N, 3, 224, 224)
         for layer in self.encoder:
             if isinstance(layer, nn.MaxPool2d):

@@ -271,9 +271,9 @@ def table_2(results):
     averages = [average for average in AVERAGES if all(average in one for one in results)]
     titles = [f"{metric} {AVERAGES[average]}" for average in averages for metric in ("mIoU", "F1")]
     rows = {}
-    results = sorted(results, key=lambda result: [*SKIPS].index(result["args"]["skip"]))
-    for (data, split, scored_on, name, skip), group in sorted(group_by(results, row_of).items(),
-                                                              key=lambda item: item[0][:4]):
+    for (data, split, scored_on, name, skip), group in sorted(
+            group_by(results, row_of).items(),
+            key=lambda item: (item[0][:-1], [*SKIPS].index(item[0][-1]))):
         if len({tuple(result.get("images", ())) for result in group}) > 1:
             raise ValueError(f"runs of {data}, {split}, {name}, {skip} have different test images: "
                              "leave out those of other prepared data")

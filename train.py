@@ -1,6 +1,6 @@
 """Train the paper's networks (3.2, Training): U-Net or Swin-UNet, with one of three kinds of skip.
 
-    python train.py                                               # synthetic data, minutes, CPU
+    python train.py                                               # synthetic data, two minutes
     python train.py --model unet --skip conv --data monuseg       # the paper's run
     python train.py --model unet --skip conv --data monuseg --resume
     torchrun --nproc-per-node 8 train.py --model unet --skip conv --data monuseg
@@ -83,8 +83,8 @@ def parse_args(argv=None):
                         "(default: 0)")
     # The recipe
     parser.add_argument("--recipe", choices=("paper", "strong"), default="paper",
-                        help="what the flags below default to: the paper's values, or those that "
-                        "later work found to pay (default: paper)")
+                        help="what the flags below default to: the paper's values, or those common "
+                        "in later work (default: paper)")
     parser.add_argument("--epochs", type=number(int, maximum=10**6),
                         help="passes over the training tiles")
     parser.add_argument("--batch-size", type=number(int), help="tiles per step")
@@ -165,8 +165,8 @@ def complete(args, parser):
             setattr(args, name, value)
     if args.windows and args.split == "tile":
         parser.error("--windows cuts tiles out of whole images, of which --split tile tests on "
-                     "parts: give --split image, official if the set came in parts, or "
-                     "--windows 0")
+                     "parts: give --windows 0, as BCSS needs in any case, --split image, or "
+                     "official if the set came in parts")
     args.out = args.out or default_folder(args, info["split"])
     return args
 

@@ -115,8 +115,10 @@ ARGS_SCHEMA = {"model": str, "skip": str, "data": str, "split": str, "seed": int
                "batch_size": int, "lr": float, "width": int, "ignore_index": [int],
                "recipe": str, "skip_depth": int}
 CHECKPOINT_SCHEMA = {"model": {str: torch.Tensor}, "args": ARGS_SCHEMA, "num_classes": int,
-                     "set": dict, "split": str, "data_root": str, "recipe_version": int,
-                     "weights": str, "log": LOG_SCHEMA}
+                     "set": dict, "split": str,  # the fingerprint of the parts' tiles
+                     "data_root": str, "recipe_version": int,
+                     "weights": str,  # where the initial ones came from
+                     "log": LOG_SCHEMA}
 
 
 def save_checkpoint(path, checkpoint):

@@ -1,5 +1,6 @@
 """recipes.py, and the flags of an experiment: one by one, and all at once."""
 
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -150,9 +151,9 @@ def test_synthetic_classes_train_and_score_by_their_names(tmp_path, monkeypatch,
 
 def test_bfloat16_trains_and_validates_but_the_test_is_in_float32_as_eval_scores(tmp_path,
                                                                                 monkeypatch):
-    def evaluate(*args):
-        halves.append(args[8:] == (True,))
-        return original(*args)
+    def evaluate(*args, **named):
+        halves.append(signature(original).bind(*args, **named).arguments.get("bf16", False))
+        return original(*args, **named)
 
     halves, original = [], train.evaluate
     monkeypatch.setattr(train, "evaluate", evaluate)
