@@ -129,8 +129,8 @@ def test_each_rank_takes_its_share_of_a_batch_of_windows(wholes):
 
 
 @pytest.mark.parametrize("flags, said", [
-    ("--split tile", "--split image, official if"),
-    ("--data monuseg", "--split image, official if")])
+    ("--split tile", "--split image, or official if"),
+    ("--data monuseg", "--split image, or official if")])
 def test_windows_are_refused_where_test_tiles_share_their_images(root, capsys, flags, said):
     assert said in refused(capsys, train, "--data", "mine", "--recipe", "strong", "--data-root",
                            root, *flags.split())
