@@ -358,7 +358,8 @@ def test_a_picture_that_cannot_be_written_leaves_the_page_alone(tmp_path, capsys
 
 NOT_SCORES = {  # what is changed in the scores.json of a run -> what its text is then
     "no JSON": lambda run: "nucleus", "half a file": lambda run: json.dumps(run)[:400],
-    "no dict": lambda run: [run], "empty": lambda run: "", "nested": lambda run: "[" * 100_000,
+    "no dict": lambda run: [run], "no results": lambda run: [], "empty": lambda run: "",
+    "nested": lambda run: "[" * 100_000,
     "args missing": lambda run: run.pop("args") and run,
     "args a list": lambda run: run | {"args": [*run["args"].items()]},
     "an arg missing": lambda run: run["args"].pop("lr") and run,
