@@ -125,7 +125,7 @@ def double_conv(in_channels, out_channels, norm=True):
 
 
 def check_sides(network, name, images):
-    """ValueError unless the images' sides are multiples of what the network asks for."""
+    """ValueError unless sides of images (N, 3, H, W) are multiples of what `network` asks for."""
     height, width = images.shape[2:]
     if height % network.side_multiple or width % network.side_multiple:
         raise ValueError(f"{name} takes images whose sides are multiples of "

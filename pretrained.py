@@ -70,7 +70,10 @@ def strip_prefix(tensors, prefix):
 
 
 def misfits(network, tensors):
-    """Names of tensors that are missing, left over or of another shape than the network's."""
+    """Compare {name: tensor} with a network -> sorted list of the names that do not fit.
+
+    They are missing, left over, or of another shape than the network's.
+    """
     expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
     found = {name: getattr(tensor, "shape", None) for name, tensor in tensors.items()}
     return sorted({name for name, _ in expected.items() ^ found.items()})

@@ -76,7 +76,7 @@ def read_results(paths):
     runs, wholes = [], []
     for path in paths:
         content = read_json(path)
-        if content and isinstance(content, list):
+        if content and isinstance(content, list):  # an empty one holds no result to check
             wholes += [check(result, WHOLE_SCHEMA, path) for result in content]
         else:
             runs.append(check(content, SCORES_SCHEMA, path))
