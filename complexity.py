@@ -14,8 +14,6 @@ results/complexity, where a clone has ours.
 """
 
 import argparse
-import csv
-import json
 import math
 import os
 import shutil
@@ -28,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from plots import draw_error_bars
-from raw import COLUMNS
+from raw import TileRow, write_table
 from report import (fill_page, markdown, mean_and_error, read_scores, skip_differences, student_t,
                     table_2)
 from synthetic import NAMES, merge, tissue_tile
@@ -91,10 +89,8 @@ def draw_set(k, grain):
     np.save(folder / "masks.npy", merge(labels, k))
     info = {"classes": [*NAMES[:k]] if k > 1 else ["nucleus"], "scale": 1.0, "split": "official",
             "recipe": "bcss" if k > 1 else "monuseg"}
-    (folder / "set.json").write_text(json.dumps(info, indent=1))
-    with open(folder / "tiles.csv", "w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *((f"tile-{tile:03}", 0, 0, part, 0, 0)
-                                               for tile, part in enumerate(parts))])
+    write_table(folder, [TileRow(f"tile-{tile:03}", 0, 0, part)
+                         for tile, part in enumerate(parts)], info)
     folder.rename(final)
 
 

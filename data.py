@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from plots import PALETTE, draw_preview
-from raw import ARRAYS, READERS, SETS, TILE, prepare
+from raw import ARRAYS, READERS, SETS, TILE, TileRow, prepare
 from recipes import RECIPES
 from synthetic import EOSIN, HEMATOXYLIN, NAMES, draw_tiles
 from utils import first_mismatch, number, picture, run_cli, to_device, write_atomic
@@ -38,7 +38,7 @@ class Tiles:
 
     images: torch.Tensor  # (n, 224, 224, 3) uint8
     masks: torch.Tensor   # (n, 224, 224) uint8, labels
-    rows: list            # per tile (source image, row, column, official part, top, left)
+    rows: list            # of n TileRow
     info: dict            # what is known about the set, as in SETS
 
 
@@ -107,8 +107,8 @@ def load(data, root, num_classes=1):
     try:
         with open(folder / "tiles.csv", newline="", encoding="utf-8") as file:
             lines = [*csv.DictReader(file)]
-        rows = [(line["image"], int(line["row"]), int(line["column"]), line["official"],
-                 int(line["top"]), int(line["left"])) for line in lines]
+        rows = [TileRow(line["image"], int(line["row"]), int(line["column"]), line["official"],
+                        int(line["top"]), int(line["left"])) for line in lines]
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise ValueError(f"{folder / 'tiles.csv'}: damaged ({error!r}): {again}") from None
     arrays = []
@@ -134,7 +134,7 @@ def load(data, root, num_classes=1):
 def synthetic_tiles(n=100, num_classes=1):
     """Draw n tiles of the synthetic set, the same each time -> Tiles, as `load` returns them."""
     images, masks = map(torch.from_numpy, draw_tiles(n, num_classes))
-    rows = [(f"synthetic-{i:03}", 0, 0, "train", 0, 0) for i in range(n)]
+    rows = [TileRow(f"synthetic-{i:03}", 0, 0, "train") for i in range(n)]
     names = {"classes": [*NAMES[:num_classes]]} if num_classes > 1 else {}
     return Tiles(images, masks, rows, SETS["synthetic"] | names)
 
@@ -150,8 +150,8 @@ def split_by_hash(rows, pool, fraction, unit):
     A unit is a tile, a source image, or a tissue source site, TCGA's code for an institution and a
     kind of cancer: images whose names share their first two parts, as TCGA-B0.
     """
-    name_of = {"tile": lambda row: str(row[:3]), "image": lambda row: row[0],
-               "site": lambda row: "-".join(row[0].split("-")[:2])}[unit]
+    name_of = {"tile": lambda row: str(row[:3]), "image": lambda row: row.image,
+               "site": lambda row: "-".join(row.image.split("-")[:2])}[unit]
     names = {i: name_of(rows[i]) for i in pool}
     order = sorted(set(names.values()), key=lambda name: hashlib.sha256(name.encode()).digest())
     chosen = set(order[:round(fraction * len(order))])
@@ -175,7 +175,7 @@ def split_tiles(data, rows, split):
     Raises ValueError if a part would be empty.
     """
     everything = range(len(rows))
-    official = {part: [i for i in everything if rows[i][3] == part]
+    official = {part: [i for i in everything if rows[i].official == part]
                 for part in ("train", "val", "test")}
     if split.startswith("official"):
         train, val, test = official.values()
@@ -240,9 +240,9 @@ def whole_images(data, tiles, indices):
     """
     by_image, wholes = {}, {}
     for i in indices.tolist():
-        by_image.setdefault(tiles.rows[i][0], []).append(i)
+        by_image.setdefault(tiles.rows[i].image, []).append(i)
     for name, members in by_image.items():
-        tile_at = {tiles.rows[i][4:]: i for i in members}  # by top and left
+        tile_at = {(tiles.rows[i].top, tiles.rows[i].left): i for i in members}
         tops, lefts = (sorted(set(starts)) for starts in zip(*tile_at.keys()))
         covered = all(starts[0] == 0 and max(np.diff(starts), default=0) <= TILE
                       for starts in (tops, lefts))
@@ -304,7 +304,7 @@ def read_windows(tiles, wholes, indices, positions, scale):
     """
     side, pieces = window_side(scale), []
     for index, position in zip(indices.tolist(), positions.tolist()):
-        whole = wholes[tiles.rows[index][0]]
+        whole = wholes[tiles.rows[index].image]
         top, left = (round(share * (size - TILE)) - (side - TILE) // 2
                      for share, size in zip(position, whole.size))
         pieces.append(crop(tiles, whole, top, left, side, side))

@@ -18,6 +18,7 @@ import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
@@ -49,13 +50,29 @@ SETS["monuseg-exact"] = SETS["monuseg"]  # the same tiles, their nuclei drawn by
 
 # -----------------------------------------------------------------------------
 # A prepared set is a folder with images.npy (n, 224, 224, 3) and masks.npy (n, 224, 224), both
-# uint8; tiles.csv, which has a line for each tile (source image, row, column, the part of the
-# official split that it belongs to, and where in the image it starts); and set.json, what is known
-# about the set. The arrays are memory-mapped, so that a batch is one indexing operation and no
-# loader is needed.
+# uint8; tiles.csv, which has a line for each tile; and set.json, what is known about the set. The
+# arrays are memory-mapped, so that a batch is one indexing operation and no loader is needed.
 
 ARRAYS = {"images": (TILE, TILE, 3), "masks": (TILE, TILE)}  # shape of a tile in each
-COLUMNS = ("image", "row", "column", "official", "top", "left")  # of tiles.csv
+
+
+class TileRow(NamedTuple):
+    """A line of tiles.csv: where a tile comes from. The first three name it."""
+
+    image: str     # the source image
+    row: int       # of the image's tiles
+    column: int
+    official: str  # the part of the official split that it belongs to: train, val or test
+    top: int = 0   # where in the image it starts, in pixels
+    left: int = 0
+
+
+def write_table(folder, rows, info):
+    """Write tiles.csv, a line for each of `rows`, and set.json, what is known about the set."""
+    (folder / "set.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
+    with open(folder / "tiles.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([TileRow._fields, *rows])
+
 
 # -----------------------------------------------------------------------------
 # Reading raw files
@@ -328,7 +345,7 @@ def check_size(image_path, image, mask_path, mask):
 
 
 # -----------------------------------------------------------------------------
-# Finding raw files: lists of (image path, annotation path, its lines of tiles.csv)
+# Finding raw files: lists of (image path, annotation path, the TileRow of each of its tiles)
 
 
 def walk(folders):
@@ -403,8 +420,9 @@ def find_monuseg(folders, later_images=False, raster="paper"):
     pictures = sum(path.suffix.lower() == ".png" for path in masks.values())
     if raster == "exact" and pictures:
         print(f"{pictures} images have only a mask picture, which is made half a pixel thinner")
-    return [(image, mask, [(image.stem, row, column, "test" if image.stem in MONUSEG_TEST
-                            else "train", TILE * row, TILE * column)
+    return [(image, mask, [TileRow(image.stem, row, column,
+                                   "test" if image.stem in MONUSEG_TEST else "train",
+                                   TILE * row, TILE * column)
                            for row in range(4) for column in range(4)])
             for image, mask in match_masks(images, masks)]
 
@@ -413,7 +431,7 @@ def find_bcss(folders, suffix):
     """List BCSS's layout: folders train, val and train_mask, val_mask, or all with _512 behind.
 
     A tile is named after slide, region of interest and offset; its region counts as source image.
-    Where the tile starts in it is not known in the tile's own pixels, so top and left are 0.
+    Where the tile starts in it is not known in the tile's own pixels, so top and left stay 0.
     """
     layout = {}
     for folder, _ in walk(folders):
@@ -432,7 +450,7 @@ def find_bcss(folders, suffix):
                                          for name in names)):
             match = re.fullmatch(r"(.+)_(\d+)_(\d+)_size\d+", image.stem)
             region, row, column = match.groups() if match else (image.stem, 0, 0)
-            items.append((image, mask, [(region, int(row), int(column), part, 0, 0)]))
+            items.append((image, mask, [TileRow(region, int(row), int(column), part)]))
     return items
 
 
@@ -474,7 +492,7 @@ def find_own(folders, classes=None, scale=1.0):
                 enough = math.ceil(100.5 * TILE / min(size)) / 100
                 raise ValueError(f"{image}: {width} x {height} pixels, less than a tile of {TILE}: "
                                  f"give --scale {enough:g}")
-            items.append((image, mask, [(stem(image), row, column, part, top, left)
+            items.append((image, mask, [TileRow(stem(image), row, column, part, top, left)
                                         for row, top in enumerate(tile_starts(height))
                                         for column, left in enumerate(tile_starts(width))]))
     index_by_stem(images)  # no two of one name, in whatever parts
@@ -569,9 +587,7 @@ def prepare(data, folders, root, **options):
 
     # Finish: write what is known and the table, then give the folder the name that is looked for.
     source = {"from": [str(Path(folder).absolute()) for folder in folders]}
-    (working / "set.json").write_text(json.dumps(info | source, indent=1), encoding="utf-8")
-    with open(working / "tiles.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([COLUMNS, *rows])
+    write_table(working, rows, info | source)
     lock.close()  # Windows renames no folder in which a file is open
     working.rename(final)
     for name in PROGRESS, ".lock":

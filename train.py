@@ -470,7 +470,7 @@ def test(args, run, tiles, indices, loss_fn, device, rank, world_size):
             save_checkpoint(args.out / "best.pt", checkpoint | {"args": run["args"]})
         names = "args", "set", "recipe_version", "weights", "log", "seconds"
         facts = {name: run[name] for name in names} | {
-            "epoch": len(checkpoint["log"]), "images": [tiles.rows[i][0] for i in indices],
+            "epoch": len(checkpoint["log"]), "images": [tiles.rows[i].image for i in indices],
             "torch": torch.__version__, "device": device_name(device), "processes": world_size}
         with write_atomic(args.out / "scores.json") as file:
             file.write(json.dumps(facts | metrics, indent=1).encode())

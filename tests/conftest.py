@@ -26,6 +26,7 @@ import data  # noqa: E402, from ROOT
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 from models import create_model  # noqa: E402
+from raw import TileRow  # noqa: E402
 from utils import run_cli  # noqa: E402
 
 FLAGS = "--data monuseg --width 2 --batch-size 2 --epochs 3 --device cpu".split()
@@ -57,8 +58,8 @@ def made_up_tiles(*_):
         top, left, height, width = *rng.integers(0, 16, 2), *rng.integers(8, 16, 2)
         mask[top:top + height, left:left + width] = 1
     images = 200 - 110 * masks[..., None] + rng.integers(-30, 30, (16, 32, 32, 3))
-    rows = [(f"image-{i // 2}", 0, i % 2, "test" if i > 11 else "train", 0, 32 * (i % 2))
-            for i in range(16)]
+    rows = [TileRow(f"image-{i // 2}", 0, i % 2, "test" if i > 11 else "train",
+                    0, 32 * (i % 2)) for i in range(16)]
     return data.Tiles(torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(masks), rows,
                       data.SETS["monuseg"])
 

@@ -24,7 +24,7 @@ from conftest import ROOT, load, noise, refused
 from eval import compute_metrics, evaluate
 from losses import loss_for
 from models import build_model
-from raw import READERS
+from raw import READERS, TileRow
 
 SIZE = {"bcss": 224, "bcss512": 512}
 
@@ -85,7 +85,7 @@ def test_archive_becomes_tiles_with_their_labels(name, tmp_path):
     tiles = prepare(name, tmp_path / "raw", tmp_path)
     images, masks, rows = tiles.images, tiles.masks, tiles.rows
     assert images.shape == (12, 224, 224, 3) and masks.shape == (12, 224, 224)
-    assert [row[3] for row in rows] == ["train"] * 8 + ["val"] * 4
+    assert [row.official for row in rows] == ["train"] * 8 + ["val"] * 4
     assert rows[1] == ("TCGA-A1-A0S0-DX1_xmin40_ymin250_MPP-0", 560, 0, "train", 0, 0)
     assert masks[:, :, :112].max() == 0  # nearest: labels do not mix at their border
     first = 20 if name == "bcss512" else 1
@@ -106,7 +106,7 @@ def test_both_sets_prepare_from_one_folder_and_over_links(posix, tmp_path):
 
 def test_real_tiles_prepare_and_train(shared, tmp_path):
     tiles = prepare("bcss", shared / "bcss", tmp_path)
-    assert [row[3] for row in tiles.rows] == ["train", "train", "val", "val"]
+    assert [row.official for row in tiles.rows] == ["train", "train", "val", "val"]
     assert set(tiles.masks.unique().tolist()) <= {0, 1, 2}
     score = train.main(train.parse_args([
         "--data", "bcss", "--width", "2", "--epochs", "1", "--batch-size", "2", "--data-root",
@@ -126,7 +126,7 @@ def test_label_7_of_bcss512_is_exclude_and_label_0_lies_outside():
 
 def rows_of(counts, per_region=40):
     """Rows as the real sets have them in number: {part: number of tiles}."""
-    return [(f"region-{part if exclusive else ''}{i // per_region}", i, 0, part)
+    return [TileRow(f"region-{part if exclusive else ''}{i // per_region}", i, 0, part)
             for part, (number, exclusive) in counts.items() for i in range(number)]
 
 
@@ -138,7 +138,7 @@ def test_split_sizes_are_the_papers(name, counts, sizes):
     parts = data.split_tiles(name, rows, "tile")
     assert [len(parts[part]) for part in ("train", "val", "test")] == sizes
     assert sorted(torch.cat(list(parts.values())).tolist()) == list(range(len(rows)))
-    officially = {part: {rows[i][3] for i in indices} for part, indices in parts.items()}
+    officially = {part: {rows[i].official for i in indices} for part, indices in parts.items()}
     assert officially == ({"train": {"train"}, "val": {"val"}, "test": {"val"}} if name == "bcss"
                           else {"train": {"train"}, "val": {"val"}, "test": {"train"}})
 
@@ -159,7 +159,7 @@ def test_image_split_shares_no_region(name):
     rows = rows_of({"train": (6000, True), "val": (2768, True)} if name == "bcss512" else
                    {"train": (3076, False), "val": (543, False)})
     parts = data.split_tiles(name, rows, "image")
-    regions = [{rows[i][0] for i in parts[part]} for part in ("train", "val", "test")]
+    regions = [{rows[i].image for i in parts[part]} for part in ("train", "val", "test")]
     assert not (regions[0] & regions[2] or regions[0] & regions[1] or regions[1] & regions[2])
     assert abs(len(parts["test"]) / len(rows) - {"bcss": 4021 / 36189, "bcss512": 600 / 8768}[
         name]) < 0.02

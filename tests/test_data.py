@@ -26,7 +26,7 @@ from PIL import Image
 import data
 import plots
 import synthetic as synthetic_tissue
-from raw import MONUSEG_LATER, MONUSEG_TEST, READERS, read_monuseg, read_polygons
+from raw import (MONUSEG_LATER, MONUSEG_TEST, READERS, TileRow, read_monuseg, read_polygons)
 from recipes import RECIPE_VERSION
 
 SQUARE = [(100, 100), (400, 100), (400, 300), (100, 300)]
@@ -87,7 +87,7 @@ def real(tmp_path_factory):
 def test_704_tiles_from_44_images(real):
     assert real.images.shape == (704, 224, 224, 3) and real.masks.shape == (704, 224, 224)
     assert len(set(real.rows)) == 704
-    parts = dict((row[0], row[3]) for row in real.rows)
+    parts = {row.image: row.official for row in real.rows}
     assert Counter(parts.values()) == {"train": 30, "test": 14}
     assert {name for name in parts if parts[name] == "test"} == set(MONUSEG_TEST)
     sizes = {part: len(indices) for part, indices in
@@ -179,7 +179,7 @@ def test_debris_of_archives_is_ignored(tmp_path):
     for debris in "._a.tif", "._b.xml", "__MACOSX/a.tif", "__MACOSX/b.xml", "Thumbs.db":
         (tmp_path / "raw" / debris).write_bytes(b"debris")
     prepare(tmp_path / "raw", tmp_path)
-    assert {row[0] for row in data.load("monuseg", tmp_path).rows} == {"a"}
+    assert {row.image for row in data.load("monuseg", tmp_path).rows} == {"a"}
 
 
 @pytest.mark.parametrize("flags, kept", [([], {"a"}), (["--later-images"], {"a", LATER})])
@@ -187,7 +187,7 @@ def test_later_images_are_left_out_aloud_unless_asked_for(tmp_path, capsys, flag
     folders = write_raw(tmp_path / "one", "a"), write_raw(tmp_path / "two", LATER)
     data.main(data.parse_args(["prepare", "monuseg", "--data-root", str(tmp_path), *flags,
                                "--from", *map(str, folders)]))
-    assert {row[0] for row in data.load("monuseg", tmp_path).rows} == kept
+    assert {row.image for row in data.load("monuseg", tmp_path).rows} == kept
     said = capsys.readouterr().out
     assert bool(re.search(f"left out 1.*--later-images.*{LATER}", said)) == (LATER not in kept)
     assert "found 1 of the paper's 44 images" in said  # later ones are not among them
@@ -206,7 +206,7 @@ def test_linked_folders_are_followed_and_a_circle_of_links_ends(posix, tmp_path)
     for link, target in (tmp_path / "link", raw), (raw / "more", far), (far / "back", raw):
         link.symlink_to(target)
     prepare(tmp_path / "link", tmp_path)
-    assert {row[0] for row in data.load("monuseg", tmp_path).rows} == {"a"}
+    assert {row.image for row in data.load("monuseg", tmp_path).rows} == {"a"}
 
 
 def test_preparing_twice_does_nothing_and_says_so(tmp_path, capsys):
@@ -243,7 +243,7 @@ def test_raw_files_in_the_place_of_the_tiles_do_not_pass_for_prepared(tmp_path, 
 # -----------------------------------------------------------------------------
 # Splits, on rows without images
 
-ROWS = [(name, row, column, "test" if name in MONUSEG_TEST else "train")
+ROWS = [TileRow(name, row, column, "test" if name in MONUSEG_TEST else "train")
         for name in [f"TCGA-made-up-{i:02}" for i in range(30)] + MONUSEG_TEST
         for row in range(4) for column in range(4)]
 
@@ -275,7 +275,7 @@ def test_split_sizes_and_image_split_shares_no_image(how, tiles, images):
 def test_split_is_the_same_everywhere_and_in_any_order(how, digest):
     rows = random.Random(0).sample(ROWS, len(ROWS))
     if how == "official-sites":  # each image of a site of its own
-        rows = [(row[0].replace("made-up-", ""), *row[1:]) for row in rows]
+        rows = [row._replace(image=row.image.replace("made-up-", "")) for row in rows]
     parts = split(rows, how)
     listed = json.dumps(sorted([*tile, part] for tile, part in parts.items()))
     # Another digest means other test tiles: scores of earlier versions no longer compare.
@@ -284,23 +284,25 @@ def test_split_is_the_same_everywhere_and_in_any_order(how, digest):
 
 @pytest.mark.parametrize("how, limit", [("tile", 2 * 16), ("image", 2 * 16), ("official", 0)])
 def test_a_new_image_moves_hardly_any_tile(how, limit):
-    new = [("TCGA-new", row, column, "test") for row in range(4) for column in range(4)]
+    new = [TileRow("TCGA-new", row, column, "test") for row in range(4) for column in range(4)]
     before, after = split(ROWS, how), split(ROWS + new, how)
     assert sum(before[tile] != after[tile] for tile in before) <= limit  # shares of a larger whole
 
 
 def test_official_sites_validates_on_sites_that_it_does_not_train_on():
-    rows = [(f"TCGA-{site}-{i}", 0, column, part) for site in "ABCDEFGHIJ" for i in range(3)
-            for column in range(2) for part in ["test" if site == "A" else "train"]]
+    rows = [TileRow(f"TCGA-{site}-{i}", 0, column, "test" if site == "A" else "train")
+            for site in "ABCDEFGHIJ" for i in range(3) for column in range(2)]
     parts = data.split_tiles("monuseg", rows, "official-sites")
-    sites = {part: {rows[i][0].split("-")[1] for i in indices} for part, indices in parts.items()}
+    sites = {part: {rows[i].image.split("-")[1] for i in indices}
+             for part, indices in parts.items()}
     assert sites["test"] == {"A"} and len(sites["val"]) == 2 and len(sites["train"]) == 7
     assert sites["train"] | sites["val"] == set("BCDEFGHIJ")
     assert sum(map(len, parts.values())) == len(rows)
 
 
 def test_official_sites_draws_from_what_validates_officially_too():
-    rows = [(f"TCGA-{site}-{i}", 0, 0, {"A": "test", "B": "val", "C": "val"}.get(site, "train"))
+    parts = {"A": "test", "B": "val", "C": "val"}
+    rows = [TileRow(f"TCGA-{site}-{i}", 0, 0, parts.get(site, "train"))
             for site in "ABCDEFGHIJ" for i in range(3)]
     parts = data.split_tiles("mine", rows, "official-sites")
     assert [len(indices) for indices in parts.values()] == [21, 6, 3]
@@ -309,8 +311,9 @@ def test_official_sites_draws_from_what_validates_officially_too():
 
 def test_a_tile_that_changed_its_part_makes_another_split():
     """As after an image was moved from train to test: a network may have seen it."""
-    rows = [(f"image-{i}", 0, 0, part) for i, part in enumerate(("train", "train", "val", "test"))]
-    moved = [("image-0", 0, 0, "test"), *rows[1:]]
+    rows = [TileRow(f"image-{i}", 0, 0, part)
+            for i, part in enumerate(("train", "train", "val", "test"))]
+    moved = [rows[0]._replace(official="test"), *rows[1:]]
     one, other = (data.fingerprint(those, data.split_tiles("mine", those, "official"))
                   for those in (rows, moved))
     assert one != other
@@ -318,17 +321,18 @@ def test_a_tile_that_changed_its_part_makes_another_split():
 
 @pytest.mark.parametrize("own_val", [False, True])
 def test_official_all_trains_on_the_validation_images_too_and_tests_on_the_same(own_val):
-    rows = [(*row[:3], "val" if own_val and row[0].endswith("00") else row[3]) for row in ROWS]
+    rows = [row._replace(official="val") if own_val and row.image.endswith("00") else row
+            for row in ROWS]
     some, everything = (data.split_tiles("monuseg", rows, how)
                         for how in ("official", "official-all"))
     assert sorted(everything["train"].tolist()) == [i for i, row in enumerate(rows)
-                                                    if row[3] != "test"]
+                                                    if row.official != "test"]
     assert all(some[part].equal(everything[part]) for part in ("val", "test"))
 
 
 def test_split_that_leaves_a_part_empty_is_refused():
     with pytest.raises(ValueError, match="official.*test"):
-        data.split_tiles("monuseg", [row for row in ROWS if row[3] == "train"], "official")
+        data.split_tiles("monuseg", [row for row in ROWS if row.official == "train"], "official")
 
 
 # -----------------------------------------------------------------------------

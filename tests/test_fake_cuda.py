@@ -15,6 +15,7 @@ import data
 from eval import confusion_matrices, evaluate
 from losses import loss_for
 from models import MODELS, SKIPS, create_model
+from raw import TileRow
 from utils import autocast, to_device
 
 with_cuda = pytest.mark.skipif(not torch.backends.cuda.is_built(),
@@ -31,7 +32,7 @@ def no_card(monkeypatch):
 def tiles(device="cpu"):
     images, masks = (torch.zeros(4, 224, 224, *channels, dtype=torch.uint8, device=device)
                      for channels in ((3,), ()))
-    return data.Tiles(images, masks, [("a", 0, 0, "train")] * 4, {})
+    return data.Tiles(images, masks, [TileRow("a", 0, 0, "train")] * 4, {})
 
 
 class OnCuda(torch.nn.Module):

@@ -117,11 +117,11 @@ def test_parts_are_the_official_split_and_else_whole_images_are_drawn(tmp_path):
         write_set(tmp_path / "raw" / part, n, name=part)
     tiles = prepare(tmp_path / "raw", tmp_path)
     parts = data.split_tiles("mine", tiles.rows, tiles.info["split"])
-    assert {part: {tiles.rows[i][0] for i in indices} for part, indices in parts.items()} == {
+    assert {part: {tiles.rows[i].image for i in indices} for part, indices in parts.items()} == {
         "train": {"train-0", "train-1", "train-2"}, "val": {"val-0", "val-1"}, "test": {"test-0"}}
     whole = prepare(write_set(tmp_path / "one folder"), tmp_path, name="other")
     parts = data.split_tiles("other", whole.rows, whole.info["split"])
-    assert [len({whole.rows[i][0] for i in indices}) for indices in parts.values()] == [7, 2, 1]
+    assert [len({whole.rows[i].image for i in indices}) for indices in parts.values()] == [7, 2, 1]
 
 
 def test_a_file_that_was_written_anew_is_read_again_when_preparation_goes_on(tmp_path):
@@ -165,7 +165,7 @@ def test_names_of_any_script_are_kept_whatever_the_systems_encoding(tmp_path, mo
     for module in raw, data:
         monkeypatch.setattr(module, "open", ascii_unless_told, raising=False)
     tiles = prepare(write_set(tmp_path / "raw", 1, name="größe_腫瘍"), tmp_path)
-    assert tiles.rows[0][0] == "größe_腫瘍-0"
+    assert tiles.rows[0].image == "größe_腫瘍-0"
 
 
 def test_an_accent_has_one_spelling_whatever_system_stored_it(tmp_path):
@@ -173,7 +173,7 @@ def test_an_accent_has_one_spelling_whatever_system_stored_it(tmp_path):
     for path in (folder / "images").iterdir():  # as some systems store it: e, then its accent
         path.rename(path.with_name(path.name.replace("\u00e9", "e\u0301")))
     tiles = prepare(folder, tmp_path)
-    assert {row[0] for row in tiles.rows} == {"caf\u00e9-0", "caf\u00e9-1"}
+    assert {row.image for row in tiles.rows} == {"caf\u00e9-0", "caf\u00e9-1"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are Unicode")

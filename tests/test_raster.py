@@ -145,7 +145,8 @@ def test_an_interrupted_preparation_is_not_continued_in_the_other_raster(tmp_pat
 
 
 def test_the_split_is_that_of_the_papers_raster():
-    rows = [(row[0].replace("made-up-", ""), *row[1:]) for row in ROWS]  # sites of their own
+    rows = [row._replace(image=row.image.replace("made-up-", ""))  # sites of their own
+            for row in ROWS]
     for split in data.SPLITS:
         prints = {data.fingerprint(rows, data.split_tiles(name, rows, split))
                   for name in ("monuseg-exact", "monuseg")}
@@ -195,7 +196,7 @@ def test_thinner_real_masks_are_nearly_the_exact_ones(shared):
 def test_later_images_may_be_kept(tmp_path):
     write_raw(tmp_path / "raw", "a", LATER)
     prepare(tmp_path, "--raster", "exact", "--later-images")
-    assert {row[0] for row in data.load("monuseg-exact", tmp_path).rows} == {"a", LATER}
+    assert {row.image for row in data.load("monuseg-exact", tmp_path).rows} == {"a", LATER}
 
 
 @pytest.mark.parametrize("command, said", [

@@ -305,7 +305,7 @@ def test_resume_refuses_what_is_not_a_checkpoint_of_the_run(whole, tmp_path, cap
 
 def test_resume_refuses_other_tiles(whole, capsys, monkeypatch):
     tiles = made_up_tiles()
-    tiles.rows = [(row[0] + "x", *row[1:]) for row in tiles.rows]
+    tiles.rows = [row._replace(image=row.image + "x") for row in tiles.rows]
     monkeypatch.setattr(train, "load", lambda *_: tiles)
     assert "other tiles" in refused_run(capsys, whole.out, "--resume")
     tiles = made_up_tiles()

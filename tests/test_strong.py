@@ -13,6 +13,7 @@ import eval as evaluation
 import train
 from losses import loss_for
 from models import create_model
+from raw import TileRow
 from recipes import RECIPES, SCHEDULES
 
 SIZE = 230, 300  # pixels, height and width: 2 x 2 tiles, of which most of each overlaps
@@ -145,10 +146,10 @@ def test_tiles_that_make_no_whole_image_are_refused(wholes):
             data.whole_images("mine", tiles, torch.tensor(indices))
     for corners in [(0, 0), (0, 225)], [(0, 0), (225, 0)]:  # a line of pixels between two tiles
         with pytest.raises(ValueError, match="mine: the tiles of a do not make up a whole image"):
-            pair = data.Tiles(None, None, [("a", 0, 0, "train", *corner) for corner in corners], {})
-            data.whole_images("mine", pair, torch.arange(2))
+            rows = [TileRow("a", 0, 0, "train", *corner) for corner in corners]
+            data.whole_images("mine", data.Tiles(None, None, rows, {}), torch.arange(2))
     with pytest.raises(ValueError, match="bcss: the tiles of"):
-        tiles = data.Tiles(None, None, [("a", 9, 9, "train", 0, 0)] * 2, {})
+        tiles = data.Tiles(None, None, [TileRow("a", 9, 9, "train")] * 2, {})
         data.whole_images("bcss", tiles, torch.arange(2))
 
 

@@ -39,7 +39,7 @@ def test_a_run_writes_a_log_curves_and_checkpoints_of_plain_values(whole):
     assert {*content(whole.out)} == {"best.pt", "curves.png", "last.pt", "log.csv", "scores.json"}
     scores = read_scores(whole.out)
     assert scores["per_tile"]["iou"] == whole.score and scores["args"]["width"] == 2
-    assert scores["images"] == [made_up_tiles().rows[index][0] for index in PARTS["test"]]
+    assert scores["images"] == [made_up_tiles().rows[index].image for index in PARTS["test"]]
     assert scores["recipe_version"] == train.RECIPE_VERSION
     assert scores["log"] == read_log(whole.out) and torch.__version__ == scores["torch"]
     assert "cpu" in scores["device"] and len(scores["tiles"]) == len(scores["images"])
@@ -364,7 +364,7 @@ def test_a_batch_has_a_tile_for_every_process(tmp_path):
 def other_tiles_on_rank_1():
     if os.environ["RANK"] == "1":
         data.load = lambda *_: data.Tiles(**vars(made_up_tiles()) | {
-            "rows": [(f"other {row[0]}", *row[1:]) for row in made_up_tiles().rows]})
+            "rows": [row._replace(image=f"other {row.image}") for row in made_up_tiles().rows]})
 
 
 def no_tiles(name, root, _):
