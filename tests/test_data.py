@@ -224,7 +224,7 @@ def test_preparing_twice_does_nothing_and_says_so(tmp_path, capsys):
 def test_a_reader_of_another_number_of_tiles_than_listed_is_refused(tmp_path, monkeypatch, images,
                                                                     masks):
     monkeypatch.setitem(READERS, "own", (
-        lambda folders: [(Path("one.png"), Path("mask.png"), [("one", 0, 0, "train")])],
+        lambda folders: [(Path("one.png"), Path("mask.png"), [TileRow("one", 0, 0, "train")])],
         lambda image, mask: (noise(*images), noise(*masks))))
     monkeypatch.setitem(data.SETS, "own", data.SETS["monuseg"])
     with pytest.raises(ValueError, match=r"^one\.png: .*\(2, 224, 224"):

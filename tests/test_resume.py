@@ -19,6 +19,7 @@ import resume
 import train
 import utils
 from models import create_model
+from raw import TileRow
 
 pytestmark = pytest.mark.usefixtures("tiny_set")
 
@@ -209,7 +210,7 @@ def test_swin_unet_starts_from_a_file_and_goes_on_without_it(tmp_path, monkeypat
 
     monkeypatch.setattr(timm, "create_model", partial(timm.create_model, depths=(1, 1, 1, 1)))
     tiles = data.synthetic_tiles(6)
-    tiles.rows = [(f"image-{i}", 0, 0, "train") for i in range(6)]  # 4, 1 and 1 tiles
+    tiles.rows = [TileRow(f"image-{i}", 0, 0, "train") for i in range(6)]  # 4, 1 and 1 tiles
     monkeypatch.setattr(train, "load", lambda *_: tiles)
     monkeypatch.setattr("pretrained.fetch_from_hub", lambda: pytest.fail("asked the hub"))
     path = tmp_path / "encoder.pth"
