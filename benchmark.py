@@ -31,7 +31,7 @@ from losses import loss_for
 from models import MODELS, SKIPS, FusionSkip, create_model, resize
 from raw import TILE
 from train import build_training, memory_format_for, wrap
-from utils import (autocast, device_name, is_out_of_memory, number, output, pick_device,
+from utils import (autocast, device_name, is_out_of_memory, number, output_file, pick_device,
                    run_cli, write_atomic)
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to the terminal
@@ -227,7 +227,7 @@ def parse_args(argv=None):
     parser.add_argument("--checkpointing", action="store_true", help="recompute feature maps "
                         "on our side")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
-    parser.add_argument("--json", type=output, metavar="FILE",
+    parser.add_argument("--json", type=output_file, metavar="FILE",
                         help="also write all numbers to FILE")
     return parser.parse_args(argv)
 

@@ -23,7 +23,7 @@ from plots import PALETTE, draw_preview
 from raw import ARRAYS, READERS, SETS, TILE, TileRow, prepare
 from recipes import RECIPES
 from synthetic import EOSIN, HEMATOXYLIN, NAMES, draw_tiles
-from utils import first_mismatch, number, picture, run_cli, to_device, write_atomic
+from utils import first_mismatch, number, output_picture, run_cli, to_device, write_atomic
 
 # Of ImageNet, on which Swin-UNet's encoder was trained. (The paper does not say how it normalises.)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -110,7 +110,8 @@ def load(data, root, num_classes=1):
         rows = [TileRow(line["image"], int(line["row"]), int(line["column"]), line["official"],
                         int(line["top"]), int(line["left"])) for line in lines]
     except (ValueError, KeyError, TypeError, csv.Error) as error:
-        raise ValueError(f"{folder / 'tiles.csv'}: damaged ({error!r}): {again}") from None
+        raise ValueError(f"{folder / 'tiles.csv'}: damaged ({type(error).__name__}: {error}): "
+                         f"{again}") from None
     arrays = []
     for name, shape in ARRAYS.items():
         path = folder / f"{name}.npy"
@@ -172,8 +173,10 @@ def split_tiles(data, rows, split):
         trained on, as MoNuSeg's test images do.
     official-all: as official, but validation images are trained on, too, for a last run whose flags
         are settled.
-    Raises ValueError if a part would be empty.
+    Raises ValueError for an unknown split, and if a part would be empty.
     """
+    if split not in SPLITS:
+        raise ValueError(f"no split is called {split!r}: there are {', '.join(SPLITS)}")
     everything = range(len(rows))
     official = {part: [i for i in everything if rows[i].official == part]
                 for part in ("train", "val", "test")}
@@ -200,8 +203,8 @@ def split_tiles(data, rows, split):
     parts = {"train": train, "val": val, "test": test}
     for part, indices in parts.items():
         if not indices:
-            raise ValueError(f"--split {split} leaves no tile of {data} for {part}: prepare more "
-                             "images, or take another split")
+            raise ValueError(f"--split {split} leaves no tile of {data} for {part}: prepare images "
+                             "for it, or take another split")
     return {part: torch.tensor(indices) for part, indices in parts.items()}
 
 
@@ -398,14 +401,15 @@ def uniform(*shape, generator):
     return 2 * torch.rand(*shape, generator=generator) - 1
 
 
-def chance(*shape, generator):
+def coin_flips(*shape, generator):
     """1 where an augmentation happens, else 0."""
     return (torch.rand(*shape, generator=generator) < CHANCE).float()
 
 
 def draw_brightness(n, generator):
     """One factor a tile, (n, 1)."""
-    return 1 + BRIGHTNESS * uniform(n, 1, generator=generator) * chance(n, 1, generator=generator)
+    strength = BRIGHTNESS * uniform(n, 1, generator=generator)
+    return 1 + strength * coin_flips(n, 1, generator=generator)
 
 
 def change_brightness(images, factors):
@@ -448,7 +452,7 @@ def draw_augmentation(n, generator, names=(*WARPS, *COLOURS), windows=0.0, stain
     `stain` above 0, also stain (n, 2, 3): factors and shifts.
     """
     def happens(name, *shape):
-        return chance(*shape, generator=generator) * (name in names)
+        return coin_flips(*shape, generator=generator) * (name in names)
 
     flips = 1 - 2 * happens("flip", n, 2)
     angle = math.pi * uniform(n, generator=generator) * happens("rotation", n)
@@ -561,7 +565,7 @@ def parse_args(argv=None):
                          help="folder of the prepared data (default: data)")
     command = commands.add_parser("preview", help="draw tiles before and after augmentation")
     command.add_argument("data", help="data set")
-    command.add_argument("--out", type=picture, default="preview.png",
+    command.add_argument("--out", type=output_picture, default="preview.png",
                          help="picture to write (default: preview.png)")
     command.add_argument("--seed", type=number(int, minimum=0, maximum=2**63 - 1), default=0,
                          help="of the augmentation (default: 0)")

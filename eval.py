@@ -32,8 +32,8 @@ from models import build_model
 from plots import draw_curves, draw_figure
 from predict import predict_bands
 from report import AVERAGES, check_seeds, flags, percent, table_2
-from utils import (LOG_SCHEMA, autocast, first_mismatch, load_checkpoint, number, output,
-                   pick_device, picture, print_progress, run_cli, write_atomic)
+from utils import (LOG_SCHEMA, autocast, first_mismatch, load_checkpoint, number, output_file,
+                   output_picture, pick_device, print_progress, run_cli, write_atomic)
 
 # -----------------------------------------------------------------------------
 # Metrics
@@ -313,12 +313,13 @@ def read_log(path):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Score trained networks on their test tiles.")
     parser.add_argument("checkpoints", nargs="+", help="best.pt of one run or of several")
-    parser.add_argument("--json", type=output, metavar="FILE", help="also write all scores to FILE")
-    parser.add_argument("--figure", type=picture, metavar="PICTURE",
+    parser.add_argument("--json", type=output_file, metavar="FILE",
+                        help="also write all scores to FILE")
+    parser.add_argument("--figure", type=output_picture, metavar="PICTURE",
                         help="draw test tiles and their predictions")
     parser.add_argument("--tiles", nargs="+", metavar="IMAGE/ROW/COLUMN",
                         help="test tiles to draw (default: five over the range of scores)")
-    parser.add_argument("--curves", type=picture, metavar="PICTURE",
+    parser.add_argument("--curves", type=output_picture, metavar="PICTURE",
                         help="draw the runs' training curves in one picture")
     parser.add_argument("--whole", action="store_true", help="also predict the test images as "
                         "wholes, as predict.py does, and score these (not for --split tile)")

@@ -7,6 +7,7 @@ related.py adds those of other papers.
 """
 
 import inspect
+from argparse import ArgumentParser
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from itertools import pairwise
@@ -17,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrained import load_swin, misfits
-from utils import first_line
+from utils import first_line, run_cli
 
 
 def resize(x, size):
@@ -365,4 +366,5 @@ def print_parameters():
 
 
 if __name__ == "__main__":
-    print_parameters()
+    parser = ArgumentParser(description="Print the parameter counts of every combination.")
+    run_cli(lambda _: print_parameters(), parser.parse_args)

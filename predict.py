@@ -26,8 +26,8 @@ from data import normalize, set_of
 from models import build_model
 from plots import outline, palette_for
 from raw import SUFFIXES, TILE, find_files, index_by_stem, read_image, scaled_size
-from utils import (autocast, first_line, is_out_of_memory, load_checkpoint, number, pick_device,
-                   print_progress, run_cli, write_atomic)
+from utils import (autocast, first_line, is_out_of_memory, load_checkpoint, number, output_folder,
+                   pick_device, print_progress, run_cli, write_atomic)
 
 # Pillow's modes that `read_rgb` can convert.
 MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "LAB", "HSV", "F",
@@ -212,7 +212,7 @@ def parse_args(argv=None):
     parser.add_argument("checkpoint", type=Path, help="best.pt of a run")
     parser.add_argument("images", type=Path, nargs="+", help="image files, or folders: all images "
                         "in them and below, but *_mask.png and *_overlay.png")
-    parser.add_argument("--out", type=Path, default="predictions",
+    parser.add_argument("--out", type=output_folder, default="predictions",
                         help="folder to write to (default: predictions)")
     parser.add_argument("--scale", type=number(float, maximum=10), help="factor to resize images "
                         "by (default: as the training set was, monuseg 0.896)")

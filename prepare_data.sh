@@ -9,9 +9,10 @@
 #                                             their unpacked folders, or is an archive itself
 #   ./prepare_data.sh bcss --data-root DIR    where everything goes (default: data)
 #
-# Further options go to data.py. Run it again after an interruption: it goes on where it stopped.
-# Once unpacked, the archives in data/raw may be deleted. Environment: MONUSEG_TRAIN_URL,
-# MONUSEG_TEST_URL, BCSS_URL, SWIN_URL, the same names with SHA256 for URL, and PYTHON.
+# monuseg also takes --raster and --later-images, which python data.py prepare --help explains. Run
+# it again after an interruption: it goes on where it stopped. Once unpacked, the archives in
+# data/raw may be deleted. Environment: MONUSEG_TRAIN_URL, MONUSEG_TEST_URL, BCSS_URL, SWIN_URL, the
+# same names with SHA256 for URL, and PYTHON.
 
 set -euo pipefail
 
@@ -86,7 +87,10 @@ for word; do
     -h:* | --help:*) name=--help ;;
     --from:*) flag=--from from=yes ;;
     --from=* | --data-root=*) die "write ${word%%=*} PATH, without the =" ;;
-    -*) flag=$word; options+=("$word") ;;
+    --data-root:* | --raster:* | --later-images:*)
+      [ "$word" = --data-root ] || [ "$name" = monuseg ] || die "$word is for monuseg"
+      flag=$word; options+=("$word") ;;
+    -*) die "no flag is called $word: see --help" ;;
     *:--from) sources+=("$(absolute "$word")") ;;
     *:--data-root) root=$(absolute "$word"); options+=("$root") ;;
     *) options+=("$word") ;;

@@ -2,6 +2,7 @@
 
 import re
 import socket
+from pathlib import Path
 
 import torch
 
@@ -55,10 +56,10 @@ def read_weights(path, hint):
     """Read a file of weights -> {name: tensor}. Errors end in `hint`, what mends them."""
     import timm  # here, as in models.py
 
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such file of weights; {hint}")
     try:
         return timm.models.load_state_dict(path, weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file of weights; {hint}") from None
     except Exception as error:  # as in load_checkpoint
         raise ValueError(f"{path}: not weights, or damaged ({first_line(error)}); {hint}") from None
 

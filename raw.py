@@ -93,11 +93,14 @@ MONUSEG_LATER = """TCGA-BC-A217-01Z-00-DX1 TCGA-F9-A8NY-01Z-00-DX1 TCGA-FG-A87N-
 
 
 def depth_and_pages(image):
-    """Bits per channel, and how many pages there are; smaller copies of a slide do not count."""
+    """Bits per channel, and how many pages or frames there are.
+
+    Smaller copies of a slide do not count, nor do those that cameras put into a JPEG (MPO).
+    """
+    pages, size = getattr(image, "n_frames", 1), image.size
     if image.format != "TIFF":
         bits = 16 if ";16B" in str(image.tile) else 8  # Pillow's raw mode of a PNG, as RGB;16B
-        return bits, 1
-    pages, size = image.n_frames, image.size
+        return bits, 1 if image.format == "MPO" else pages
     if pages > 1:
         image.seek(1)
         pages = pages if max(image.size) >= max(size) else 1
@@ -148,8 +151,8 @@ def read_image(path, modes):
         raise ValueError(f"{path}: a BMP with a grey palette, which Pillow would misread: export "
                          "it again as PNG")
     if pages > 1:
-        raise ValueError(f"{path}: holds {pages} pages, of which only the first would be read: "
-                         "save each as a file, or channels as one page")
+        raise ValueError(f"{path}: holds {pages} pages or frames, of which only the first would be "
+                         "read: save each as a file, or channels as one page")
     if image.mode[0] not in "IF" and depth > 8:
         raise ValueError(f"{path}: {depth} bits per channel, of which Pillow keeps only the upper "
                          "8: export it again as 8-bit")
@@ -463,7 +466,7 @@ def find_own(folders, classes=None, scale=1.0):
     """
     if len(folders) > 1:
         raise ValueError(f"--from {folders[1]}: one folder holds all of a set, in images and masks")
-    root, items, images = Path(folders[0]), [], []
+    root, items, images, left_out = Path(folders[0]), [], [], []
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder: give the one that holds images and masks")
     Image.MAX_IMAGE_PIXELS = 2**30  # Pillow refuses what claims more than twice as many
@@ -472,6 +475,10 @@ def find_own(folders, classes=None, scale=1.0):
         if other.parent.name not in parts and other.is_dir():
             raise ValueError(f"{other}: would be left out, as there is a folder {parts[0]}: only "
                              "train, val and test may stand beside each other: rename or remove it")
+    if parts and not {"train", "test"} <= {*parts}:
+        raise ValueError(f"{root}: has a folder {parts[0]}, but none to "
+                         f"{'test on' if 'train' in parts else 'train on'}: add it, or put all "
+                         "files in one images and one masks, of which parts are then drawn")
     for folder, part in [(root / part, part) for part in parts] or [(root, "train")]:
         for name in "images", "masks":
             if not (folder / name).is_dir():
@@ -483,6 +490,8 @@ def find_own(folders, classes=None, scale=1.0):
             raise ValueError(f"{folder / 'images'}: holds no image ({', '.join(SUFFIXES)}):"
                              " put some there")
         images += found
+        left_out += [path / name for path, names in walk([folder / "images", folder / "masks"])
+                     for name in names if Path(name).suffix.lower() not in SUFFIXES]
         for image, mask in match_masks(index_by_stem(found),
                                        index_by_stem(find_files([folder / "masks"], SUFFIXES))):
             size = read_image(image, ("RGB", "L")).size
@@ -496,6 +505,9 @@ def find_own(folders, classes=None, scale=1.0):
                                         for row, top in enumerate(tile_starts(height))
                                         for column, left in enumerate(tile_starts(width))]))
     index_by_stem(images)  # no two of one name, in whatever parts
+    if left_out:
+        print(f"left out {len(left_out)} files that are no images ({', '.join(SUFFIXES)}): "
+              f"{min(left_out)}{' and others' if len(left_out) > 1 else ''}")
     names = own_classes([mask for _, mask, _ in items], classes)
     return items, {"classes": names, "scale": scale, "split": "official" if parts else "image",
                    "recipe": "monuseg" if len(names) == 1 else "bcss"}

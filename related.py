@@ -8,6 +8,7 @@
 Importing this file, as every script does that builds networks, enters them in SKIPS and MODELS.
 """
 
+from argparse import ArgumentParser
 from itertools import pairwise
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from models import (MODELS, SKIPS, check_sides, double_conv, he_init, print_parameters, resize,
                     returned_channels)
 from pretrained import load_vgg19
+from utils import run_cli
 
 # -----------------------------------------------------------------------------
 # U-Net++
@@ -266,4 +268,5 @@ MODELS.update(double_unet=DoubleUNet)
 
 
 if __name__ == "__main__":
-    print_parameters()
+    parser = ArgumentParser(description="Print the parameter counts of every combination.")
+    run_cli(lambda _: print_parameters(), parser.parse_args)

@@ -29,7 +29,7 @@ for word; do
     *) declare "$list=${!list} $word" ;;
   esac
 done
-[[ $jobs =~ ^\ *[1-9][0-9]*$ && $models && $skips && $seeds ]] || {
+[[ $jobs =~ ^\ *[1-9][0-9]*$ && ${models// } && ${skips// } && ${seeds// } ]] || {
   echo "reproduce.sh: give --jobs a number above 0, and each other list at least one value" >&2
   exit 2
 }

@@ -134,8 +134,12 @@ def read_last(path, run, optimizer):
 def finished_scores(folder, log):
     """Read the scores of a finished run -> dict.
 
-    None if there are none, or if they were written before the run was lengthened.
+    None if they must be made (again): there are none, they are damaged, or the run has been
+    lengthened since.
     """
     path = folder / "scores.json"
-    scores = read_scores(path) if path.exists() else None
+    try:
+        scores = read_scores(path) if path.exists() else None
+    except ValueError:
+        scores = None
     return scores if scores and scores["log"] == log else None

@@ -30,7 +30,7 @@ from plots import draw_curves
 from recipes import COMMON, RECIPE_VERSION, RECIPES, SCHEDULES, recipe_for, recipe_overrides
 from resume import finished_scores, open_folder, start_or_resume
 from utils import (ARGS_SCHEMA, autocast, device_name, leave_processes, load_checkpoint, number,
-                   on_rank_0, pick_device, print_progress, run_cli, save_checkpoint,
+                   on_rank_0, output_folder, pick_device, print_progress, run_cli, save_checkpoint,
                    setup_processes, write_atomic)
 
 
@@ -128,8 +128,8 @@ def parse_args(argv=None):
                         help="recompute the U-Net's largest feature maps: a third less memory or "
                         "more, more time (other networks ignore this)")
     # Where
-    parser.add_argument("--out", type=Path, help="run folder (default: runs/DATA-MODEL-SKIP, what "
-                        "differs from the recipe, and the seed)")
+    parser.add_argument("--out", type=output_folder, help="run folder (default: "
+                        "runs/DATA-MODEL-SKIP, what differs from the recipe, and the seed)")
     parser.add_argument("--resume", action="store_true",
                         help="continue from the run folder's last.pt, or start if it holds no run")
     parser.add_argument("--save-every", type=number(float), default=5, metavar="MINUTES",

@@ -194,22 +194,29 @@ def number(kind, minimum=None, maximum=math.inf):
 PICTURES = (".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff", ".gif", ".bmp", ".pdf")
 
 
-def output(text):
+def output_file(text):
     """An argparse type: the name of a file to write, in a folder that exists."""
     if not Path(text).name or not Path(text).parent.is_dir() or Path(text).is_dir():
         raise ArgumentTypeError(f"{text} cannot be written: name a file in a folder that exists")
     return text
 
 
-def picture(text):
+def output_folder(text):
+    """An argparse type: a folder to write to, which need not exist -> Path."""
+    if not text or Path(text).exists() and not Path(text).is_dir():
+        raise ArgumentTypeError(f"{text!r} is not a folder: name one, or a name that is free")
+    return Path(text)
+
+
+def output_picture(text):
     """An argparse type: the name of a picture to write."""
     if Path(text).suffix.lower() not in PICTURES:
         raise ArgumentTypeError(f"{text} is not the name of a picture: let it end in "
                                 f"{', '.join(PICTURES)}")
-    return output(text)
+    return output_file(text)
 
 
-def fill_in(words):
+def expand_patterns(words):
     """Replace patterns such as runs/*/best.pt by the files that they fit: Windows' shells do not.
 
     words: list of text -> list of text. What fits no file stays as it is.
@@ -222,7 +229,7 @@ def run_cli(main, parse_args, after_interrupt="nothing unfinished was kept"):
     name = Path(sys.argv[0]).name
     is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0  # of this node's processes
     if os.name == "nt":
-        sys.argv[1:] = fill_in(sys.argv[1:])
+        sys.argv[1:] = expand_patterns(sys.argv[1:])
     if hasattr(sys.stdout, "reconfigure"):  # not if it is closed, or a notebook's
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that names have
     try:
@@ -234,6 +241,8 @@ def run_cli(main, parse_args, after_interrupt="nothing unfinished was kept"):
         sys.exit(2)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         text, lacks_memory = first_line(error), is_out_of_memory(error)
+        if isinstance(error, OSError) and error.filename:  # the system's own
+            text = f"{error.filename}: {error.strerror}"
         if lacks_memory:
             text = f"out of memory ({text}): give less at a time, or use a smaller network"
         elif isinstance(error, RuntimeError):

@@ -168,6 +168,8 @@ def test_image_split_shares_no_region(name):
 def test_a_split_without_test_tiles_is_refused():
     with pytest.raises(ValueError, match="--split official leaves no tile of bcss"):
         data.split_tiles("bcss", rows_of({"train": (50, False), "val": (9, False)}), "official")
+    with pytest.raises(ValueError, match="no split is called 'half': there are tile, image, "):
+        data.split_tiles("bcss", rows_of({"train": (50, False), "val": (9, False)}), "half")
 
 
 # -----------------------------------------------------------------------------

@@ -5,13 +5,15 @@ What holds for any network and skip is claimed of all in MODELS and SKIPS, yours
 """
 
 import copy
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import fit, save_network
+from conftest import ROOT, fit, save_network
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,6 +67,13 @@ def test_the_papers_two_counts_are_printed_next_to_ours(capsys):
             "35,383,483"] if (model, skip) == ("swin_unet", "conv") else []
         counts = [f"{count:,}" for count in parameter_counts()[model, skip]]
         assert numbers == counts + paper and (not paper or counts[0] == paper[0])
+
+
+@pytest.mark.parametrize("script", ["models.py", "related.py"])
+def test_counting_parameters_takes_no_arguments(script):
+    done = subprocess.run([sys.executable, ROOT / script, "--width", "16"], text=True,
+                          capture_output=True)
+    assert (done.returncode, done.stdout) == (2, "") and "--width 16" in done.stderr
 
 
 def test_swin_encoder_and_bare_decoder_counts():

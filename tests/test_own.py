@@ -306,10 +306,12 @@ BAD = {
     "no image file": (lambda raw: (raw / "images/image-1.png").write_bytes(b"GIF"), (),
                       "image-1.png: not a readable image"),
     "empty part": (lambda raw: [(raw / "train" / kind).mkdir(parents=True)
-                                for kind in ("images", "masks")] and move_to()(raw), (),
+                                for kind in ("images", "masks")] and move_to("test")(raw), (),
                    "train/images: holds no"),
     "no folders": (lambda raw: (raw / "images").rename(raw / "pictures"), (), "images: no such"),
     "images beside a part": (lambda raw: (raw / "train").mkdir(), (), "raw/images: would be left"),
+    "no part to test on": (move_to("train", "val"), (), "a folder train, but none to test on"),
+    "no part to train on": (move_to("test"), (), "a folder test, but none to train on"),
     "a part of another name": (move_to("train", "valid"), (), "valid/images: would be left out"),
 }
 
@@ -338,6 +340,16 @@ def test_a_set_json_that_is_not_as_it_should_be_is_named(tmp_path, capsys, chang
     path = tmp_path / "mine/set.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert f"{path}: damaged" in refused(capsys, train, "--data", "mine", "--data-root", tmp_path)
+
+
+def test_files_that_are_no_images_are_left_out_and_named(tmp_path, capsys):
+    folder = write_set(tmp_path / "raw", 2)
+    for kind in "images", "masks":
+        Image.fromarray(noise(230, 300)).save(folder / kind / "image-2.gif")
+        (folder / kind / ".DS_Store").touch()
+    assert {row.image for row in prepare(folder, tmp_path).rows} == {"image-0", "image-1"}
+    said = capsys.readouterr().out
+    assert "left out 2 files that are no images" in said and "image-2.gif and others" in said
 
 
 def test_a_set_that_is_not_prepared_says_how(tmp_path, capsys):

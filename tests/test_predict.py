@@ -342,6 +342,17 @@ def test_a_stack_of_pages_is_refused_but_a_slide_with_smaller_copies_is_not(tmp_
     assert (np.asarray(predict.read_rgb(tmp_path / "slide.tif")) == 10).all()
 
 
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_an_animation_is_refused_but_a_cameras_jpeg_with_a_smaller_copy_is_not(tmp_path, suffix):
+    frames = [Image.new("RGB", (300, 300), (level, 0, 0)) for level in (10, 200)]
+    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match=rf"a\.{suffix}: holds 2 pages or frames"):
+        predict.read_rgb(tmp_path / f"a.{suffix}")
+    frames[0].save(tmp_path / "photo.jpg", "MPO", save_all=True,
+                   append_images=[frames[1].resize((50, 50))])
+    assert predict.read_rgb(tmp_path / "photo.jpg").size == (300, 300)
+
+
 @pytest.mark.parametrize("value", [-1, 1.5, float("nan"), float("inf")])
 def test_floats_of_an_unknown_range_are_refused_by_name(tmp_path, value):
     levels = np.full((4, 4), 0.5, np.float32)

@@ -305,7 +305,9 @@ def test_half_unpacked_folder_is_not_taken_for_a_whole_one(place):
 @pytest.mark.parametrize("words, said", [
     (["monuseg", "--from", "no where"], "no where"), (["monuseg", "--from"], "--from needs"),
     (["monuseg", "--from", "."], "no *.tif"), (["monuseg", "--from=x"], "without the ="),
-    (["weights", "--from", "x"], "weights takes no --from"), (["mnist"], "'mnist'"),
+    (["weights", "--from", "x"], "weights takes no --from"),
+    (["bcss", "--raster", "exact"], "--raster is for monuseg"),
+    (["monuseg", "--ratser", "exact"], "no flag is called --ratser"), (["mnist"], "'mnist'"),
     (["monuseg-exact"], "./prepare_data.sh monuseg --raster exact")])
 def test_a_wrong_command_line_gets_one_sentence(place, words, said):
     assert said in place.run(*words, cwd=place.mine, status=2)

@@ -67,7 +67,8 @@ def test_without_a_data_set_it_says_what_it_takes(reproduce, tmp_path):
     assert "./reproduce.sh monuseg " in done.stdout and not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("flags", [["--jobs", "0"], ["--jobs"], ["--jobs", "x"], ["--seeds"]])
+@pytest.mark.parametrize("flags", [["--jobs", "0"], ["--jobs"], ["--jobs", "x"], ["--seeds"],
+                                   ["--skips", ""]])
 def test_flags_that_would_train_nothing_are_refused(reproduce, tmp_path, flags):
     done = subprocess.run(["bash", "reproduce.sh", "monuseg", *flags], cwd=tmp_path, text=True,
                           capture_output=True)

@@ -444,7 +444,9 @@ def test_an_impossible_value_is_refused_by_name(tmp_path, capsys, flag, value):
 def test_width_is_the_u_nets_and_a_folder_must_be_one(tmp_path, capsys):
     assert "--width" in refused_run(capsys, tmp_path / "run", "--model", "swin_unet")
     (tmp_path / "file").touch()
-    assert re.search(r"file(\W+run)?'", refused_run(capsys, tmp_path / "file" / "run"))
+    assert re.search(r"file(\W+run)?: ", refused_run(capsys, tmp_path / "file" / "run"))
+    assert "file' is not a folder" in refused_run(capsys, tmp_path / "file")
+    assert "'' is not a folder" in refused_run(capsys, "")
 
 
 @pytest.mark.parametrize("flags, said", [

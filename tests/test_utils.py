@@ -232,19 +232,20 @@ def shell(posix, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("command, output", [
-    ("{} long | head -1", "IoU 64.0 ± 0.5\n"), ("{} short | true", ""), ("{} long >&-", "")],
+@pytest.mark.parametrize("command, output, status", [
+    ("{} long | head -1; exit ${{PIPESTATUS[0]}}", "IoU 64.0 ± 0.5\n", 2),
+    ("{} short | true", "", 0), ("{} long >&-", "", 0)],
     ids=["a reader that leaves", "no reader", "closed"])
-def test_output_that_nobody_reads_is_no_error(shell, command, output):
+def test_a_script_whose_output_nobody_reads_ends_without_a_word(shell, command, output, status):
     run = shell(command)
-    assert (run.stdout, run.stderr, run.returncode) == (output, "", 0)
+    assert (run.stdout, run.stderr, run.returncode) == (output, "", status)
 
 
 def test_patterns_are_filled_in_and_other_words_stay(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in "b.pt", "a.pt", "c[1].pt":
         Path(name).touch()
-    assert utils.fill_in(["[ab].pt", "--lr", "9", "c[1].pt", "", "none/*.pt"]) == [
+    assert utils.expand_patterns(["[ab].pt", "--lr", "9", "c[1].pt", "", "none/*.pt"]) == [
         "a.pt", "b.pt", "--lr", "9", "c[1].pt", "", "none/*.pt"]
 
 
@@ -260,7 +261,7 @@ def raise_(error):
     (ValueError("--lr 9: too high\nreally"), "--lr 9: too high"), (ValueError(), "ValueError"),
     (OSError("log.csv: cannot be read"), "log.csv: cannot be read"),
     (FileNotFoundError(2, "No such file or directory", "a.tif"),
-     "[Errno 2] No such file or directory: 'a.tif'"),
+     "a.tif: No such file or directory"),
     (MemoryError("Unable to allocate 9 GiB"), "out of memory (Unable to allocate 9 GiB): give less "
      "at a time, or use a smaller network"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried\nto"), "out of memory (CUDA out of memory. "
