@@ -58,10 +58,11 @@ def test_resume_starts_a_missing_run_and_tells_of_a_finished_one(tmp_path, whole
 
 def test_damaged_scores_of_a_finished_run_are_made_again(tmp_path):
     fit(tmp_path / "run", "--epochs", "1")
-    before = content(tmp_path / "run")
-    (tmp_path / "run/scores.json").write_text("{")
+    path = tmp_path / "run/scores.json"
+    scores = path.read_text()
+    path.write_text("{")
     fit(tmp_path / "run", "--epochs", "1", "--resume")
-    assert content(tmp_path / "run") == before
+    assert path.read_text() == scores
 
 
 def test_a_longer_run_that_is_killed_before_its_test_is_not_taken_for_finished(tmp_path,
