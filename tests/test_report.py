@@ -419,6 +419,33 @@ def test_the_readmes_scores_are_those_of_the_committed_page():
                                                                     skip]
 
 
+def test_the_readmes_scores_by_the_strong_recipe_are_those_of_the_committed_page():
+    page, readme = ((ROOT / name).read_text("utf-8") for name in ("results/README.md", "README.md"))
+    rows = {}  # {(trained on, model, of how many): scores with eight views, exact and paper's}
+    for row in cells(page.split("<!-- whole images -->\n")[1].split("<!-- end -->")[0]):
+        if row[2] == "standard":
+            rows[row[0], row[1], row[-1].rstrip("s")] = [row[8], row[5]]
+    strong = "unet --recipe strong --bf16 {}--width 16".format
+    official = {"U-Net by the paper's recipe: width 16, 50 epochs": "unet --width 16",
+                "U-Net, width 64, 60 epochs": "unet --recipe strong --epochs 60",
+                "U-Net, width 16, 200 epochs": strong(""),
+                "U-Net, width 16, 60 epochs": strong("--epochs 60 "),
+                "U-Net, width 16, 48 epochs, on all 30 training images": strong("--epochs 48 "),
+                "Swin-UNet from scratch, 60 epochs":
+                    "swin_unet --recipe strong --bf16 --epochs 60 --no-pretrained"}
+    table = readme.split("| with the standard skip |")[1].split("\n\n")[0]
+    for line in table.splitlines()[2:]:
+        title, seeds, *scores = (cell.strip() for cell in line.split("|")[1:-1])
+        if seeds:
+            name, of = official[title], f"{seeds} run"
+        else:  # of the networks in the line above
+            assert title in ("the ensemble of these two", "the ensemble of these three")
+            of = f"ensemble of {2 if title.endswith('two') else 3}"
+        split = "official-all" if "all 30" in title else "official"
+        trained = "monuseg" if "the paper's recipe" in title else "monuseg-exact"
+        assert rows[f"{trained}, {split}", name, of] == scores
+
+
 def test_means_and_differences_in_the_words_of_both_pages_stand_in_the_tables():
     page, readme = ((ROOT / name).read_text("utf-8") for name in ("results/README.md", "README.md"))
     tables = "".join(re.findall(r"<!-- [^>]+ -->\n(.*?)<!-- end -->", page, re.S))
