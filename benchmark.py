@@ -13,7 +13,6 @@ FLOPs utilization) is the share of the rate at which large matrices multiply on 
 
 import argparse
 import itertools
-import json
 import os
 import statistics
 import time
@@ -30,9 +29,10 @@ from data import (BRIGHTNESS, CHANCE, augment, draw_augmentation, get_batch, nor
 from losses import loss_for
 from models import MODELS, SKIPS, FusionSkip, create_model, resize
 from raw import TILE
-from train import build_training, memory_format_for, wrap
-from utils import (autocast, device_name, is_out_of_memory, number, output_file, pick_device,
-                   run_cli, write_atomic)
+from recipes import COMMON
+from train import build_training, wrap
+from utils import (autocast, device_name, is_out_of_memory, memory_format_for, number, output_file,
+                   pick_device, run_cli, write_json)
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to the terminal
 DATA_TILES = 50  # augmented together: the paper's larger batch
@@ -91,8 +91,7 @@ def build_step(args, model, skip, images, masks, device, naive=False):
         optimizer = torch.optim.Adam(network.parameters(), 1e-3)
         scaler = torch.amp.GradScaler(enabled=False)
     else:
-        flags = argparse.Namespace(**vars(args), model=model, skip=skip, seed=0, lr=1e-3,
-                                   bf16=False, weight_decay=0.0, ema=0.0, skip_depth=1)
+        flags = argparse.Namespace(**COMMON, **vars(args), model=model, skip=skip, seed=0, lr=1e-3)
         network, _, optimizer, scaler = build_training(flags, 1, device)
         network = wrap(network, args.compile, device, world_size=1)
 
@@ -154,7 +153,7 @@ def matmul_rate(device):
         return 2 * size**3 / min(seconds(lambda: matrix @ matrix, device) for _ in range(10))
 
 
-def measure(args, model, skip, n, tiles, device, rate, data):
+def measure(args, model, skip, n, tiles, device, rate, loading):
     """Time and memory of one network's training step on n tiles -> dict."""
     if args.compile:
         torch.compiler.reset()  # else a second batch size would be compiled for any size
@@ -168,7 +167,7 @@ def measure(args, model, skip, n, tiles, device, rate, data):
         create_model(model, skip, 1, args.width)(torch.empty(n, 3, TILE, TILE)).sum().backward()
     return result | {"peak_bytes": peak, "peak_ratio": baseline_peak / peak,
                      "mfu": counter.get_total_flops() / result["seconds"] / rate,
-                     "data_share": result["images_per_second"] / data["images_per_second"]}
+                     "data_share": result["images_per_second"] / loading["images_per_second"]}
 
 
 def spread(result):
@@ -181,21 +180,20 @@ def main(args):
     sizes = args.batch_size or ([8, 50] if device.type == "cuda" else [2])
     rate, tiles = matmul_rate(device), synthetic_tiles(max(DATA_TILES, *sizes))
     indices, rng = torch.arange(DATA_TILES), seeded_generator(0)
-    data = compare(lambda: augment(*get_batch(tiles, indices, device),
-                                   draw_augmentation(DATA_TILES, rng)),
-                   lambda: naive_batch(tiles, indices, device), DATA_TILES, device, args.repeats)
+    loading = compare(lambda: augment(*get_batch(tiles, indices, device),
+                                      draw_augmentation(DATA_TILES, rng)),
+                      lambda: naive_batch(tiles, indices, device), DATA_TILES, device, args.repeats)
     print(f"torch {torch.__version__}, {device_name(device)}, U-Net of width {args.width}, matmul "
           f"{rate / 1e12:.3g} TFLOP/s, repeats {args.repeats}; ratio: baseline / ours\n"
-          f"reading and augmenting {DATA_TILES} tiles: {1000 * data['seconds']:.1f} ms, time ratio "
-          f"{spread(data)}; \"data\" is its share of a step's time")
+          f"reading and augmenting {DATA_TILES} tiles: {1000 * loading['seconds']:.1f} ms, time "
+          f"ratio {spread(loading)}; \"data\" is its share of a step's time")
     print(ROW.format("", "ms", "images/s", "time ratio", "peak MB", "memory ratio", "mfu", "data"))
     results = {"torch": torch.__version__, **vars(args), "device": device_name(device),
-               "matmul_rate": rate, "data": data}
+               "matmul_rate": rate, "data": loading}
     for n, model, skip in itertools.product(sizes, args.models, args.skips):
         name = f"{model} {skip}, batch {n}"
         try:
-            results[name] = measure(args, model, skip, n, tiles, device, rate, data)
-            step = results[name]
+            step = results[name] = measure(args, model, skip, n, tiles, device, rate, loading)
             print(ROW.format(name, f"{1000 * step['seconds']:.1f}",
                              f"{step['images_per_second']:.2f}", spread(step),
                              f"{step['peak_bytes'] / 1e6:,.0f}", f"{step['peak_ratio']:.2f}",
@@ -205,8 +203,7 @@ def main(args):
                 raise
             print(f"{name}: does not fit into memory, ours or the baseline", flush=True)
         if args.json:
-            with write_atomic(args.json) as file:
-                file.write(json.dumps(results, indent=1).encode())
+            write_json(args.json, results)
     return results
 
 

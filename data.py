@@ -23,7 +23,8 @@ from plots import PALETTE, draw_preview
 from raw import ARRAYS, READERS, SETS, TILE, TileRow, prepare
 from recipes import RECIPES
 from synthetic import EOSIN, HEMATOXYLIN, NAMES, draw_tiles
-from utils import first_mismatch, number, output_picture, run_cli, to_device, write_atomic
+from utils import (first_mismatch, number, output_picture, read_json, run_cli, to_device,
+                   write_atomic)
 
 # Of ImageNet, on which Swin-UNet's encoder was trained. (The paper does not say how it normalises.)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -43,6 +44,7 @@ class Tiles:
 
 
 def how_to_prepare(data):
+    """The command that prepares a data set, as the end of an error's sentence."""
     if data == "monuseg-exact":
         return "run ./prepare_data.sh monuseg --raster exact"
     return (f"run ./prepare_data.sh {data}" if data in READERS else
@@ -50,6 +52,7 @@ def how_to_prepare(data):
 
 
 def not_prepared(data, root):
+    """The error of a set that is not there -> FileNotFoundError, which says how to prepare it."""
     return FileNotFoundError(f"{Path(root, data)}: {data} is not prepared: {how_to_prepare(data)}, "
                              "or give --data-root")
 
@@ -67,10 +70,7 @@ def read_info(data, root):
     path = Path(root, data, "set.json")
     if not path.exists():
         raise not_prepared(data, root)
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        info = None
+    info = read_json(path)
     if first_mismatch(info, INFO_SCHEMA) or not (
             0 < len(info["classes"]) <= len(PALETTE) and info["split"] in SPLITS
             and info["recipe"] in RECIPES):
@@ -231,7 +231,7 @@ class WholeImage:
     lefts: list         # of the C columns
 
     @property
-    def size(self):
+    def shape(self):
         """Height and width in pixels."""
         return self.tops[-1] + TILE, self.lefts[-1] + TILE
 
@@ -270,8 +270,8 @@ def crop(tiles, whole, top, left, height, width):
         which = torch.searchsorted(starts, positions, right=True) - 1
         return which, positions - starts[which]
 
-    row, y = look_up(top, height, whole.tops, whole.size[0])
-    column, x = look_up(left, width, whole.lefts, whole.size[1])
+    row, y = look_up(top, height, whole.tops, whole.shape[0])
+    column, x = look_up(left, width, whole.lefts, whole.shape[1])
     index = tuple(to_device(part, tiles.images.device)
                   for part in (whole.grid[row[:, None], column], y[:, None], x))
     return tiles.images[index], tiles.masks[index]
@@ -309,7 +309,7 @@ def read_windows(tiles, wholes, indices, positions, scale):
     for index, position in zip(indices.tolist(), positions.tolist()):
         whole = wholes[tiles.rows[index].image]
         top, left = (round(share * (size - TILE)) - (side - TILE) // 2
-                     for share, size in zip(position, whole.size))
+                     for share, size in zip(position, whole.shape))
         pieces.append(crop(tiles, whole, top, left, side, side))
     return [torch.stack(arrays) for arrays in zip(*pieces)]
 
@@ -345,13 +345,13 @@ def train_batches(tiles, indices, batch_size, seed, first_step, last_step, devic
     process's share of the batch size. Every epoch has an order of its own, and leaves out the tiles
     of an incomplete batch. Chance depends on the seed and the step alone, so that resuming needs no
     generator's state; PyTorch's own generator is seeded, too, for what the network draws.
-    `augmentations` is "all", "none", or names from WARPS and COLOURS, separated by spaces. With
+    `augmentations` is "all", "none", or names from AUGMENTATIONS, separated by spaces. With
     `windows` above 0, a tile stands for a window anywhere in its image, one of `wholes` (see
     `whole_images`), at a scale that varies by up to exp(+-windows). `stain` is how much stains
     vary. 0 leaves either out.
     """
     # "none" matches no augmentation's name, so that nothing is applied.
-    names = [*WARPS, *COLOURS] if augmentations == "all" else augmentations.split()
+    names = AUGMENTATIONS if augmentations == "all" else augmentations.split()
     num_steps = len(indices) // batch_size  # in an epoch
     # From pinned memory CUDA copies without waiting.
     pin = torch.device(device).type == "cuda" and not tiles.images.is_cuda
@@ -439,9 +439,10 @@ def change_stain(images, changes):
 # 0..1, which it may overwrite, parameters) -> images. To add one, enter it in COLOURS.
 WARPS = ("flip", "rotation", "grid", "elastic")
 COLOURS = {"brightness": (draw_brightness, change_brightness)}
+AUGMENTATIONS = (*WARPS, *COLOURS)  # what --augment chooses from
 
 
-def draw_augmentation(n, generator, names=(*WARPS, *COLOURS), windows=0.0, stain=0.0):
+def draw_augmentation(n, generator, names=AUGMENTATIONS, windows=0.0, stain=0.0):
     """Draw the random parameters of n tiles: small tensors on the CPU, the same for any device.
 
     matrix (n, 2, 2): flips and rotation; columns, rows (n, 6): the grid's distorted lines, -1..1;
@@ -561,16 +562,15 @@ def parse_args(argv=None):
     command.add_argument("--scale", type=number(float, maximum=100),
                          help="for a set of your own, resize images by this factor first "
                               "(default: 1)")
-    command.add_argument("--data-root", default="data",
-                         help="folder of the prepared data (default: data)")
     command = commands.add_parser("preview", help="draw tiles before and after augmentation")
     command.add_argument("data", help="data set")
     command.add_argument("--out", type=output_picture, default="preview.png",
                          help="picture to write (default: preview.png)")
     command.add_argument("--seed", type=number(int, minimum=0, maximum=2**63 - 1), default=0,
                          help="of the augmentation (default: 0)")
-    command.add_argument("--data-root", default="data",
-                         help="folder of the prepared data (default: data)")
+    for command in commands.choices.values():
+        command.add_argument("--data-root", default="data",
+                             help="folder of the prepared data (default: data)")
     args = parser.parse_args(argv)
     if args.command == "prepare":
         if args.data == "monuseg-exact":

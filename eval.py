@@ -15,7 +15,6 @@ the paper's Table 2 seems to hold, "global" is usual in semantic segmentation.
 
 import argparse
 import csv
-import json
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,8 @@ from plots import draw_curves, draw_figure
 from predict import predict_bands
 from report import AVERAGES, check_seeds, flags, percent, table_2
 from utils import (LOG_SCHEMA, autocast, first_mismatch, load_checkpoint, number, output_file,
-                   output_picture, pick_device, print_progress, run_cli, write_atomic)
+                   output_picture, pick_device, print_progress, run_cli, write_atomic,
+                   write_json)
 
 # -----------------------------------------------------------------------------
 # Metrics
@@ -140,7 +140,7 @@ def evaluate_whole(model, tiles, wholes, num_classes, device, tta):
     model.eval()
     confusions = []
     for whole in wholes.values():
-        image, mask = crop(tiles, whole, 0, 0, *whole.size)
+        image, mask = crop(tiles, whole, 0, 0, *whole.shape)
         bands = predict_bands(model, Image.fromarray(image.cpu().numpy()), num_classes, device,
                               tta=tta)
         probs = torch.cat([band.clone() for band in bands], dim=1)[None]
@@ -265,8 +265,7 @@ def open_test(checkpoints, options):
     names = ["{}/{}/{}".format(*tiles.rows[i][:3]) for i in parts["test"]]
     unknown = [name for name in options.tiles or [] if name not in names]
     if unknown:
-        raise ValueError(f"--tiles {unknown[0]}: no such test tile: give names such as "
-                         f"{names[0]}")
+        raise ValueError(f"--tiles {unknown[0]}: no such test tile: give names such as {names[0]}")
     return tiles, parts["test"], names
 
 
@@ -380,8 +379,7 @@ def main(args):
 
     # Write and print.
     if args.json:
-        with write_atomic(args.json) as file:
-            file.write(json.dumps(results, indent=1).encode())
+        write_json(args.json, results)
     if len(results) == 1:
         trained = results[0]["args"]
         print_progress(f"{trained['model']}, {trained['skip']} skip, {results[0]['data']}: "

@@ -160,13 +160,13 @@ def he_init(blocks):
 class UNet(nn.Module):
     """U-Net (Ronneberger et al., 2015; paper 2.2) with exchangeable skips.
 
-    images (N, 3, H, W) float -> logits (N, num_classes, H, W), H and W multiples of 16.
+    images (N, 3, H, W) float -> logits (N, num_classes, H, W). Raises ValueError unless H and W are
+    multiples of 16.
 
     Unlike the original, convolutions are padded, so that the output has the input's size, and each
     is followed by BatchNorm, with which it has the paper's parameter count (Table 1). The skips
     take all maps but the bottleneck's. `width` is the channel count of the first level, 64 in the
     paper; `checkpointing` recomputes feature maps in the backward pass instead of keeping them.
-    Raises ValueError for other sizes.
     """
 
     pretrained = False

@@ -146,8 +146,7 @@ def draw_error_bars(heading, panels):
     """Draw means, with bars of one standard error up and down, over a logarithmic axis.
 
     panels: {what the axis shows: {name of a line: {place on the axis: values}}}, the same names and
-    at least two places in each. A place without values is left out; a single value has no
-    bar.
+    at least two places in each. A place without values is left out; a single value has no bar.
     """
     font, names = ImageFont.load_default(size=15), [*next(iter(panels.values()))]
     picture = Image.new("RGB", (600 * len(panels), 460 + 24 * len(names)), "white")

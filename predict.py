@@ -119,7 +119,7 @@ def predict_bands(model, image, num_classes, device, batch_size=None, tta=False)
     how large tiles can be, by its `max_side` and `side_multiple`.
     """
     side = model.max_side or 1024  # pixels
-    batch_size = batch_size or max(1, 8 * TILE**2 // side**2)  # as many pixels as 8 tiles of 224
+    batch_size = batch_size or max(1, 8 * TILE**2 // side**2)  # large tiles one by one, else 8
     tiling = side, model.side_multiple, min(128, side // 2)
     tops, rows, weights_y = tile_positions(image.height, *tiling)
     lefts, columns, weights_x = tile_positions(image.width, *tiling)
@@ -220,7 +220,7 @@ def parse_args(argv=None):
                         "over eight flips and turns")
     parser.add_argument("--probabilities", action="store_true", help="also write these, as .npy")
     parser.add_argument("--batch-size", type=number(int),
-                        help="tiles at a time (default: unet 1, as they are large; swin_unet 8)")
+                        help="tiles at a time (default: swin_unet 8; others 1, as tiles are large)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     return parser.parse_args(argv)
 
@@ -234,7 +234,6 @@ def main(args):
     model = build_model(checkpoint, args.checkpoint).to(device).eval()
     scale = args.scale or info["scale"]
     args.out.mkdir(parents=True, exist_ok=True)
-    Image.MAX_IMAGE_PIXELS = 2**30  # Pillow refuses what claims more than twice as many
 
     shares = {}
     for name, path in paths.items():

@@ -132,6 +132,7 @@ def read_image(path, modes):
     Raises ValueError if it cannot be used, OSError if the system cannot open it.
     """
     check_is_file(path)
+    Image.MAX_IMAGE_PIXELS = 2**30  # Pillow refuses what claims more than twice as many
     try:
         with Image.open(path, formats=FORMATS) as image:
             depth, pages = depth_and_pages(image)
@@ -341,6 +342,7 @@ def resize_pair(image, mask, size):
 
 
 def check_size(image_path, image, mask_path, mask):
+    """ValueError unless an image and its mask are of one size."""
     if image.size != mask.size:
         raise ValueError(f"{mask_path}: {mask.width} x {mask.height} pixels, but {image_path.name} "
                          f"has {image.width} x {image.height}: fetch or export both again, at "
@@ -469,7 +471,6 @@ def find_own(folders, classes=None, scale=1.0):
     root, items, images, left_out = Path(folders[0]), [], [], []
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder: give the one that holds images and masks")
-    Image.MAX_IMAGE_PIXELS = 2**30  # Pillow refuses what claims more than twice as many
     parts = [part for part in ("train", "val", "test") if (root / part).is_dir()]
     for other in sorted([root / "images", *root.glob("*/images")] if parts else []):
         if other.parent.name not in parts and other.is_dir():
@@ -556,7 +557,7 @@ READERS = {
 }
 
 
-PROGRESS = "progress.json"  # how many files and tiles are done, of which list and which files
+PROGRESS = "progress.json"  # how many files are done, of which list and which files
 
 
 def stamp(item):
@@ -613,8 +614,7 @@ def start_or_continue(working, items, rows, info):
 
     What is done is kept if it was made from the very same list, of files that are still the same.
     """
-    listed = json.dumps([rows, info])
-    state = {"list": hashlib.sha256(listed.encode()).hexdigest(), "files": 0, "tiles": 0}
+    state = {"list": hashlib.sha256(json.dumps([rows, info]).encode()).hexdigest(), "files": 0}
     progress = working / PROGRESS
     before = json.loads(progress.read_text()) if progress.exists() else {}
     finished = hashlib.sha256()
@@ -635,7 +635,7 @@ def write_arrays(working, items, read, state, finished):
     plain ones: where the disk is full they raise, while a memory map would kill the process.
     """
     start, first = time.time(), state["files"]
-    tiles_left = sum(len(item[2]) for item in items) - state["tiles"]
+    tiles_left = sum(len(item[2]) for item in items[first:])
     chunk_size = max(1, 256 // max(len(item[2]) for item in items))  # files, about 256 tiles
     with (ThreadPoolExecutor(os.cpu_count()) as pool, open(working / "images.npy", "r+b") as images,
           open(working / "masks.npy", "r+b") as masks):
@@ -650,7 +650,6 @@ def write_arrays(working, items, read, state, finished):
                                          f"listed with {len(item[2])} tiles: uint8 {shape} each")
                     file.write(array.tobytes())
                 finished.update(stamp(item))
-                state["tiles"] += len(item[2])
             for file in images, masks:  # the note must not be on the disk before the tiles are
                 file.flush()
                 os.fsync(file.fileno())

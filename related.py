@@ -213,15 +213,15 @@ def decode(blocks, x, *skips):
 class DoubleUNet(nn.Module):
     """DoubleU-Net (Jha et al., 2020, section III): a U-Net that shows a second one where to look.
 
-    images (N, 3, H, W) float -> logits (N, num_classes, H, W), H and W multiples of 16.
+    images (N, 3, H, W) float -> logits (N, num_classes, H, W). Raises ValueError unless H and W are
+    multiples of 16.
 
     The first U-Net's encoder is VGG-19 without its classifier. The second U-Net sees the image
     times the first one's mask, after a sigmoid; its decoder takes the skips of both encoders. The
     mask has one channel, however many classes there are: it says where to look, not what is there.
     Loss and scores are of the second U-Net's output alone; the original has a loss on the mask,
     too. Any skip of SKIPS may stand between; `width` and `checkpointing` mean nothing here, as
-    VGG's widths are fixed. ASPP's convolutions keep PyTorch's initial weights. Raises ValueError
-    for other sizes.
+    VGG's widths are fixed. ASPP's convolutions keep PyTorch's initial weights.
     """
 
     pretrained = True

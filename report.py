@@ -11,7 +11,6 @@ picture for every data set, split and network.
 
 import argparse
 import itertools
-import json
 import math
 import re
 import statistics
@@ -24,7 +23,7 @@ from data import SET_NAME, SPLITS
 from models import MODELS, SKIPS, TABLE_1, parameter_counts
 from plots import draw_curves
 from recipes import RECIPE_VERSION, RECIPE_VERSIONS, RECIPES, recipe_overrides
-from utils import ARGS_SCHEMA, LOG_SCHEMA, first_mismatch, run_cli, write_atomic
+from utils import ARGS_SCHEMA, LOG_SCHEMA, first_mismatch, read_json, run_cli, write_atomic
 
 PAPER = {  # Table 2: mIoU and F1 in percent
     ("bcss", "unet", "standard"): (30.44, 53.70), ("bcss", "unet", "conv"): (33.78, 47.42),
@@ -61,14 +60,6 @@ KNOWN = {"recipe": RECIPES, "split": SPLITS, "model": MODELS, "skip": SKIPS}
 # The averages of a score: a mean over tiles, or all pixels at once; of tiles or of whole images.
 AVERAGES = {"per_tile": "per tile", "global": "global", "per_image": "per whole image",
             "whole": "whole images"}
-
-
-def read_json(path):
-    """The content of a JSON file; None if it is not valid JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        return None
 
 
 def read_results(paths):

@@ -137,9 +137,8 @@ def finished_scores(folder, log):
     None if they must be made (again): there are none, they are damaged, or the run has been
     lengthened since.
     """
-    path = folder / "scores.json"
     try:
-        scores = read_scores(path) if path.exists() else None
-    except ValueError:
-        scores = None
-    return scores if scores and scores["log"] == log else None
+        scores = read_scores(folder / "scores.json")
+    except (FileNotFoundError, ValueError):
+        return None
+    return scores if scores["log"] == log else None

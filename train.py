@@ -10,7 +10,6 @@ resume from) and, at the end, scores.json of the test tiles.
 """
 
 import argparse
-import json
 import time
 from copy import deepcopy
 from datetime import timedelta
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 import related  # noqa: F401, its skips and networks join SKIPS and MODELS
-from data import (COLOURS, SPLITS, WARPS, fingerprint, load, normalize, read_info, split_tiles,
+from data import (AUGMENTATIONS, SPLITS, fingerprint, load, normalize, read_info, split_tiles,
                   train_batches, whole_images)
 from eval import compute_metrics, evaluate, metrics_table, scored_labels
 from losses import LOSSES, loss_for
@@ -29,10 +28,9 @@ from models import MODELS, MAX_SKIP_DEPTH, SKIPS, build_model, create_model
 from plots import draw_curves
 from recipes import COMMON, RECIPE_VERSION, RECIPES, SCHEDULES, recipe_for, recipe_overrides
 from resume import finished_scores, open_folder, start_or_resume
-from utils import (ARGS_SCHEMA, autocast, device_name, leave_processes, load_checkpoint, number,
-                   on_rank_0, output_folder, pick_device, print_progress, run_cli, save_checkpoint,
-                   setup_processes, write_atomic)
-
+from utils import (ARGS_SCHEMA, autocast, device_name, leave_processes, load_checkpoint,
+                   memory_format_for, number, on_rank_0, output_folder, pick_device, print_progress,
+                   run_cli, save_checkpoint, setup_processes, write_atomic, write_json)
 
 # The flags that checkpoints and scores.json record: all on which a run's digits depend by more than
 # rounding. (The origin of pretrained weights has an entry of its own, "weights". The number of
@@ -86,11 +84,12 @@ def parse_args(argv=None):
                         help="what the flags below default to: the paper's values, or those common "
                         "in later work (default: paper)")
     parser.add_argument("--epochs", type=number(int, maximum=10**6),
-                        help="passes over the training tiles")
+                        help="passes over the training tiles (strong: 200 for monuseg)")
     parser.add_argument("--batch-size", type=number(int), help="tiles per step")
-    parser.add_argument("--lr", type=number(float), help="Adam's learning rate")
+    parser.add_argument("--lr", type=number(float), help="Adam's learning rate (strong: 0.002; "
+                        "swin_unet 0.0002)")
     parser.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate: constant, "
-                        "or cosine with warm-up")
+                        "or cosine with warm-up (strong: cosine)")
     parser.add_argument("--weight-decay", type=number(float, minimum=0), help="AdamW's; "
                         "biases and norms never decay (strong: 0.05; 0: none)")
     parser.add_argument("--ema", type=number(float, minimum=0, maximum=0.9999), metavar="DECAY",
@@ -99,7 +98,7 @@ def parse_args(argv=None):
     parser.add_argument("--loss", choices=LOSSES, help="bce and bce+dice are for one class, ce and "
                         "ce+dice for several (paper: bce, or ce+dice; strong: bce+dice, or "
                         "ce+dice)")
-    parser.add_argument("--augment", nargs="+", choices=("all", "none", *WARPS, *COLOURS),
+    parser.add_argument("--augment", nargs="+", choices=("all", "none", *AUGMENTATIONS),
                         help="augmentations of training tiles (default: all)")
     parser.add_argument("--windows", type=number(float, minimum=0, maximum=1), metavar="SCALE",
                         help="train on windows, random crops of whole images, scaled by up to "
@@ -118,7 +117,7 @@ def parse_args(argv=None):
     encoder.add_argument("--no-pretrained", action="store_true",
                          help="start Swin-UNet or DoubleU-Net from scratch")
     # Speed and memory
-    parser.add_argument("--bf16", action="store_true", default=None, help="train in bfloat16 on a "
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16 on a "
                         "CPU, too: it may pay on one with instructions for it (avx512_bf16, amx) "
                         "and is far slower on others; CUDA always trains in half precision")
     parser.add_argument("--compile", action="store_true",
@@ -153,7 +152,7 @@ def complete(args, parser):
     if args.augment:
         if len(args.augment) > 1 and {"all", "none"} & {*args.augment}:
             parser.error("--augment: all and none stand alone")
-        args.augment = " ".join(name for name in ("all", "none", *WARPS, *COLOURS)
+        args.augment = " ".join(name for name in ("all", "none", *AUGMENTATIONS)
                                 if name in args.augment)
     args.ignore_index = sorted({*args.ignore_index})
     args.recipe = info["recipe"] + (" strong" if args.recipe == "strong" else "")
@@ -171,12 +170,12 @@ def complete(args, parser):
     return args
 
 
-def default_folder(args, split):
+def default_folder(args, default_split):
     """runs/DATA-MODEL-SKIP-seedK, and before the seed whatever is not the recipe's.
 
     A file of --weights is not named, as it is mostly the default's by another way.
     """
-    changed = [] if args.split == split else [args.split]
+    changed = [] if args.split == default_split else [args.split]
     changed += ["strong"] if args.recipe.endswith(" strong") else []
     for name, value in recipe_overrides(vars(args)).items():
         changed.append(name.replace("_", "") + ("" if value is True else str(value)))
@@ -315,7 +314,11 @@ def load_data(args, device, world_size):
 
 
 def read_data(args, world_size):
-    """What `load_data` returns, memory-mapped; ValueError for flags that do not fit the data."""
+    """Open the set, split it, and check the flags against both -> what `load_data` returns.
+
+    Raises ValueError for flags that do not fit the data, and what `data.load` and
+    `data.whole_images` raise.
+    """
     tiles = load(args.data, args.data_root, args.classes or 1)
     parts = split_tiles(args.data, tiles.rows, args.split)
     if not world_size <= args.batch_size <= len(parts["train"]):
@@ -381,12 +384,6 @@ def update_ema(ema, model, step, decay):
             mean.lerp_(value, 1 - decay)
         else:  # BatchNorm's count of batches
             mean.copy_(value)
-
-
-def memory_format_for(device, bf16):
-    """Channels last on CUDA, in bfloat16 and on CPUs with AVX-512; elsewhere slower or untried."""
-    faster = bf16 or device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return torch.channels_last if faster else torch.contiguous_format
 
 
 def wrap(model, compiled, device, world_size):
@@ -472,8 +469,7 @@ def test(args, run, tiles, indices, loss_fn, device, rank, world_size):
         facts = {name: run[name] for name in names} | {
             "epoch": len(checkpoint["log"]), "images": [tiles.rows[i].image for i in indices],
             "torch": torch.__version__, "device": device_name(device), "processes": world_size}
-        with write_atomic(args.out / "scores.json") as file:
-            file.write(json.dumps(facts | metrics, indent=1).encode())
+        write_json(args.out / "scores.json", facts | metrics)
     print(f"in {args.out}: best.pt, last.pt, log.csv, curves.png, scores.json")
     return metrics
 

@@ -6,6 +6,7 @@ Nothing here knows a data set or the inside of a network.
 import errno
 import glob
 import io
+import json
 import math
 import os
 import platform
@@ -62,6 +63,20 @@ def write_atomic(path):
     finally:
         if os.path.exists(partial):  # something has failed
             partial.unlink()
+
+
+def read_json(path):
+    """The content of a JSON file; None if it is not valid JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def write_json(path, content):
+    """Write plain values as JSON; as `write_atomic` does it."""
+    with write_atomic(path) as file:
+        file.write(json.dumps(content, indent=1).encode())
 
 
 def lock_folder(folder):
@@ -225,7 +240,11 @@ def expand_patterns(words):
 
 
 def run_cli(main, parse_args, after_interrupt="nothing unfinished was kept"):
-    """Run a script. Bad input and lack of memory end it with one line and exit status 2."""
+    """Run a script: main(parse_args()).
+
+    Bad input and lack of memory end it with one line and exit status 2, Ctrl-C with one that ends
+    in `after_interrupt` and status 130. A bug keeps its traceback.
+    """
     name = Path(sys.argv[0]).name
     is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0  # of this node's processes
     if os.name == "nt":
@@ -298,7 +317,7 @@ def pick_device(name=None):
     if device.type not in ("cuda", "mps", "cpu"):
         raise ValueError(f"--device {name}: give cuda, mps or cpu")
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # whose memory and time is asked for where none is named
+        torch.cuda.set_device(device)  # which calls that name no device mean from now on
     return device
 
 
@@ -312,11 +331,20 @@ def device_name(device):
 
 
 def autocast(device, bf16=False):
-    """Autocast to bfloat16 on CUDA (float16 where a GPU lacks it), and on a CPU if `bf16`."""
+    """Autocast to bfloat16 on CUDA (float16 where a GPU lacks it), and on a CPU if `bf16`.
+
+    On MPS it changes nothing: that trains in float32.
+    """
     if device.type != "cuda":
         return torch.autocast("cpu", torch.bfloat16, enabled=bf16)
     bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast("cuda", torch.bfloat16 if bfloat16 else torch.float16)
+
+
+def memory_format_for(device, bf16):
+    """Channels last on CUDA, in bfloat16 and on CPUs with AVX-512; elsewhere slower or untried."""
+    faster = bf16 or device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return torch.channels_last if faster else torch.contiguous_format
 
 
 def to_device(tensor, device):

@@ -66,7 +66,7 @@ def blend(network, image, batch_size=None, tta=False):
 @pytest.fixture
 def use(tmp_path, monkeypatch):
     """Run main with a network of our own on images and flags -> shares; writes to tmp_path/out."""
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # main changes it
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # read_image changes it
 
     def run(network, *arguments, data="synthetic"):
         monkeypatch.setitem(MODELS, "stub", lambda *_: network)

@@ -53,7 +53,7 @@ def test_overlapping_tiles_make_up_the_image_that_continues_mirrored(root, whole
     tiles, images = wholes
     assert len(images) == 6
     for name, whole in images.items():
-        assert whole.size == SIZE
+        assert whole.shape == SIZE
         image, mask = data.crop(tiles, whole, -250, -10, SIZE[0] + 300, SIZE[1] + 20)
         padding = (250, 50), (10, 10)
         assert (image.numpy() == np.pad(read(root, "images", name), (*padding, (0, 0)),
