@@ -85,6 +85,9 @@ def check(result, schema, path):
     if not wrong:
         sound = {name: result["args"][name] in known for name, known in KNOWN.items()}
         sound["data"] = SET_NAME.fullmatch(result["args"]["data"])
+        sound["args"] = not any(isinstance(value, (list, dict)) for name, value in
+                                result["args"].items() if name != "ignore_index")
+        sound["ensemble"] = isinstance(result.get("ensemble", []), list)
         if schema is SCORES_SCHEMA:
             sound["log"] = 0 < len(result["log"]) == len(result["seconds"])
             sound["tiles"] = len(result["tiles"]) == len(result["images"])

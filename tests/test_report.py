@@ -373,6 +373,8 @@ NOT_SCORES = {  # what is changed in the scores.json of a run -> what its text i
     "no recipe version": lambda run: run.pop("recipe_version") and run,
     "data unknown": lambda run: run["args"].update(data="../../data") or run,
     "split unknown": lambda run: run["args"].update(split="../tile") or run,
+    "a flag with a list": lambda run: run["args"].update(augment=["flip"]) or run,
+    "ensemble no list": lambda run: run | {"ensemble": 2},
     "skip unknown": lambda run: run["args"].update(skip="no skip") or run,
     "model unknown": lambda run: run["args"].update(model="no network") or run}
 
