@@ -97,7 +97,9 @@ def draw_curves(runs):
 
     runs: {name: logs}, a log for each seed. A log is a list of dicts, one per epoch, with
     train_loss, val_loss and val_iou_per_tile (0..1). Lines are means over seeds, bands reach from
-    the lowest to the highest seed.
+    the lowest to the highest seed. The axes show all values but those of the first twentieth of the
+    epochs, in which curves fall or rise so far that the rest would look flat: what lies beyond an
+    axis is drawn at its end.
     """
     font = ImageFont.load_default(size=15)
     epochs = max(len(log) for logs in runs.values() for log in logs)
@@ -106,7 +108,7 @@ def draw_curves(runs):
     draw = ImageDraw.Draw(picture, "RGBA")  # so that bands show what is below them
 
     def values_of(key):
-        return [row[key] for logs in runs.values() for log in logs for row in log]
+        return [row[key] for logs in runs.values() for log in logs for row in log[epochs // 20:]]
 
     ious = values_of("val_iou_per_tile")
     every = math.ceil(epochs / 10)  # epochs between two labels
@@ -119,7 +121,7 @@ def draw_curves(runs):
         y_of = draw_axes(draw, font, left, title, "epoch", ticks)
 
         def place(epoch, value):
-            return left + 500 * (epoch - 0.5) / epochs, y_of(value)
+            return left + 500 * (epoch - 0.5) / epochs, y_of(min(max(value, ticks[0]), ticks[-1]))
 
         for epoch in sorted({1, *range(every, epochs + 1, every)}):
             draw.text((place(epoch, 0)[0], 414), str(epoch), "black", font, anchor="mm")

@@ -83,6 +83,16 @@ def test_several_seeds_give_a_mean_line_and_a_band_from_lowest_to_highest():
     assert len(band) == band.max() - band.min() + 1  # without a gap
 
 
+def test_the_first_epochs_of_a_long_run_do_not_flatten_the_rest():
+    later = log_of(18, 0.5, 0.5, 0.70) + log_of(20, 0.4, 0.4, 0.72)
+    for panel in panels({"network": [log_of(2, 9, 9, 0.1) + later]}):
+        rows = heights(panel, LINE_COLOURS[0])
+        assert rows.min() >= 57 and rows.max() <= 403  # within the axes, or at their ends
+        at_20, at_40 = (heights(panel[:, 70 + 500 * epoch // 40 - 9:][:, :4], LINE_COLOURS[0])
+                        for epoch in (20, 40))
+        assert abs(at_20.mean() - at_40.mean()) > 50
+
+
 def test_no_band_tints_a_line():
     runs = {f"run {i}": [log_of(30, 0.5 + i / 10, 0.2, 0.3), log_of(30, 0.9, 0.2, 0.5 + i / 10)]
             for i in range(3)}
