@@ -507,8 +507,8 @@ def find_own(folders, classes=None, scale=1.0):
                                         for column, left in enumerate(tile_starts(width))]))
     index_by_stem(images)  # no two of one name, in whatever parts
     if left_out:
-        print(f"left out {len(left_out)} files that are no images ({', '.join(SUFFIXES)}): "
-              f"{min(left_out)}{' and others' if len(left_out) > 1 else ''}")
+        print(f"left out, as only {', '.join(SUFFIXES)} are read: {min(left_out)}"
+              f"{' and others' if len(left_out) > 1 else ''}")
     names = own_classes([mask for _, mask, _ in items], classes)
     return items, {"classes": names, "scale": scale, "split": "official" if parts else "image",
                    "recipe": "monuseg" if len(names) == 1 else "bcss"}
