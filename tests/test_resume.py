@@ -254,6 +254,17 @@ def test_an_average_starts_from_the_pretrained_weights(tmp_path, monkeypatch):
     assert resume.start_or_resume(args, {}, model, scored, optimizer, scaler) == {}
 
 
+def test_float16_goes_on_at_its_scale_of_gradients():  # which only some GPUs have
+    args = train.parse_args(["--width", "2"])
+    model, scored, optimizer, scaler = train.build_training(args, 1, torch.device("cpu"))
+    assert not scaler.state_dict()
+    stopped, resumed = (torch.amp.GradScaler("cpu", init_scale=scale) for scale in (4096, 2))
+    checkpoint = {"model": model.state_dict(), "trained": model.state_dict(),
+                  "optimizer": optimizer.state_dict(), "scaler": stopped.state_dict()}
+    resume.restore(checkpoint, model, scored, optimizer, resumed)
+    assert resumed.get_scale() == 4096
+
+
 # What is refused
 
 
