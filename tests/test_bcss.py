@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from eval import compute_metrics, evaluate
 from losses import loss_for
 from models import build_model
 from raw import READERS, TileRow
+from utils import write_atomic
 
 SIZE = {"bcss": 224, "bcss512": 512}
 
@@ -119,9 +121,13 @@ def test_real_tiles_prepare_and_train(shared, tmp_path):
 # Splits
 
 
-def test_label_7_of_bcss512_is_exclude_and_label_0_lies_outside():
-    classes = data.SETS["bcss512"]["classes"]
-    assert len(classes) == 22 and classes[7] == "exclude" and classes[0] == "outside_roi"
+def test_labels_have_the_names_that_the_sets_authors_gave_them():
+    assert data.SETS["bcss"]["classes"] == ["outside", "tumor", "stroma"]
+    assert data.SETS["bcss512"]["classes"] == (
+        "outside_roi tumor stroma lymphocytic_infiltrate necrosis_or_debris glandular_secretions "
+        "blood exclude metaplasia_NOS fat plasma_cells other_immune_infiltrate mucoid_material "
+        "normal_acinus_or_duct lymphatics undetermined nerve skin_adnexa blood_vessel "
+        "angioinvasion dcis other").split()
 
 
 def rows_of(counts, per_region=40):
@@ -282,6 +288,23 @@ def test_interrupted_preparation_goes_on(raw, tmp_path, monkeypatch):
     spoil(raw / "train" / "000.png")
     prepare("bcss", raw, tmp_path)
     assert content(tmp_path) == content(tmp_path / "fresh")
+
+
+def test_tiles_are_on_the_disk_before_a_note_says_so(raw, tmp_path, monkeypatch):
+    @contextmanager
+    def note(path):
+        stored, before = np.load(path.with_name("images.npy")), len(synced)
+        with write_atomic(path) as file:
+            yield file
+        files = json.loads(path.read_text())["files"]
+        assert before == 2 + 3 * len(notes) and stored[:files].any(axis=(1, 2, 3)).all()
+        notes.append(files)
+
+    synced, notes, fsync = [], [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(number) or fsync(number))
+    monkeypatch.setattr("raw.write_atomic", note)
+    prepare("bcss", raw, tmp_path)
+    assert len(notes) == 2 and notes[0] == 256
 
 
 def test_work_on_another_list_of_files_is_not_continued(raw, tmp_path):

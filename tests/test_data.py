@@ -166,6 +166,14 @@ def test_png_of_any_mode_equals_its_xml(tmp_path, mode, high):
     assert masks.shape == (16, 224, 224) and set(np.unique(masks)) == {0, 1}
 
 
+def test_polygons_count_where_there_is_a_mask_picture_too(tmp_path):
+    prepare(write_raw(tmp_path / "raw", "a"), tmp_path / "polygons")
+    Image.new("L", (1000, 1000)).save(tmp_path / "raw/a.png")
+    prepare(tmp_path / "raw", tmp_path / "both")
+    assert content(tmp_path / "both")["monuseg/masks.npy"] == content(
+        tmp_path / "polygons")["monuseg/masks.npy"]
+
+
 def test_suffixes_may_be_upper_case(tmp_path):
     prepare(write_raw(tmp_path / "raw", "a"), tmp_path / "lower")
     for path in list((tmp_path / "raw").iterdir()):
@@ -317,6 +325,14 @@ def test_a_tile_that_changed_its_part_makes_another_split():
     one, other = (data.fingerprint(those, data.split_tiles("mine", those, "official"))
                   for those in (rows, moved))
     assert one != other
+
+
+def test_a_split_is_known_by_its_tiles_names_alone_as_in_earlier_versions():
+    rows = [TileRow("a", 0, 0, "train"), TileRow("a", 0, 1, "train", 0, 224),
+            TileRow("b", 0, 0, "test", 3, 4)]
+    parts = {"train": torch.tensor([0, 1]), "val": torch.tensor([1]), "test": torch.tensor([2])}
+    for tiles in rows, [row._replace(official="", top=9, left=9) for row in rows]:
+        assert data.fingerprint(tiles, parts).startswith("5e4562a1934f7b2d8687b3fae4503639")
 
 
 @pytest.mark.parametrize("own_val", [False, True])
@@ -504,9 +520,16 @@ def test_synthetic_tiles_and_their_split_are_those_of_earlier_versions(synthetic
     assert areas == pytest.approx([8344, 7636, 8458], rel=0.01)
     assert data.split_tiles("synthetic", synthetic.rows, "tile")["test"].tolist() == [
         7, 25, 33, 43, 56, 77, 78, 81, 86, 97]
-    _, labels = synthetic_tissue.draw_tiles(3, 22)
+    tissue, labels = synthetic_tissue.draw_tiles(3, 22)
     assert (labels == 1).sum(axis=(1, 2)).tolist() == pytest.approx([8269, 14401, 11853],
                                                                         rel=0.01)
+    for image, means, deviations, roughness in (
+            (synthetic.images[0].numpy(), (185.15, 107.34, 209.63), (35.69, 28.32, 19.70), 5.45),
+            (tissue[0], (184.08, 126.29, 211.57), (37.22, 41.01, 21.79), 7.38)):
+        image = image.astype(float)
+        assert image.mean(axis=(0, 1)) == pytest.approx(means, abs=0.1)
+        assert image.std(axis=(0, 1)) == pytest.approx(deviations, abs=0.1)
+        assert np.abs(np.diff(image, axis=0)).mean() == pytest.approx(roughness, abs=0.1)
 
 
 def test_no_threshold_on_a_colour_solves_the_synthetic_set(synthetic):
@@ -780,6 +803,19 @@ def test_an_epoch_shows_no_tile_twice_and_has_its_own_order():
     assert all(len(batch) == 4 for batch in shown)
     assert all(len(set(epoch)) == 20 and set(epoch) <= set(INDICES.tolist()) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == len({frozenset(e) for e in epochs}) == 3
+
+
+def test_a_steps_tiles_warps_and_networks_draws_follow_from_seed_epoch_and_step():
+    images, masks, network = batches(0, 7)[6]  # the second of five steps of the second epoch
+    order = torch.randperm(22, generator=data.seeded_generator(7, 2))
+    rng = data.seeded_generator(7, 2, 1)
+    drawn = data.draw_augmentation(4, rng)
+    shown = torch.from_numpy(noise(62, 16, 16, 3))[INDICES[order[4:8]]]
+    expected, _ = data.augment(shown.permute(0, 3, 1, 2).float() / 255, masks, drawn)
+    assert masks[:, 0, 0].tolist() == INDICES[order[4:8]].tolist()
+    assert torch.equal(images, expected)
+    torch.manual_seed(rng.initial_seed())
+    assert torch.equal(network, torch.rand(3))
 
 
 @pytest.mark.parametrize("first", [1, 5, 8])

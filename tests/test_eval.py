@@ -191,6 +191,9 @@ def test_one_network_in_detail_scores_as_at_the_end_of_training(whole, capsys, t
     for name in "per_tile", "global":
         assert rows[name.replace("_", " ")][-2:] == [
             f"{100 * result[name][metric]:.2f}" for metric in ("iou", "f1")]
+    log = load_checkpoint(whole.out / "best.pt")["log"]
+    longer = changed(whole, tmp_path / "longer.pt", args={"epochs": 99})
+    assert evaluated(capsys, longer)[0][0]["epoch"] == len(log) == result["epoch"]
     assert rows["nucleus"][1:] == [*(f"{100 * nucleus[name]:.2f}" for name in (
         "iou", "f1", "precision", "recall")), str(nucleus["pixels"])]
 
@@ -327,6 +330,12 @@ def test_class_names_of_any_length_stand_apart_from_their_scores():
     for name, line in zip(["per tile", "global", *names], lines):
         assert line.split()[:-1] and line[:end].split()[:-1] == name.split()
         assert len(line[:end].split()[-1]) == 5 and line[end] == " "
+
+
+def test_scores_stand_beside_their_classes_names_also_where_a_label_is_ignored():
+    metrics = compute_metrics(count(3, *TISSUE), ignore=[0])
+    lines = evaluation.metrics_table(metrics, ["a", "b", "c"]).splitlines()[-2:]
+    assert [line.split()[:2] for line in lines] == [["b", "50.00"], ["c", "0.00"]]
 
 
 def test_what_cannot_be_shown_is_refused_before_anything_is_scored(whole, tmp_path, capsys,

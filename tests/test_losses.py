@@ -84,6 +84,17 @@ def test_every_loss_falls_as_the_prediction_gets_better(name, num_classes):
 
 
 @pytest.mark.parametrize("name, num_classes", fitting(1, 3))
+def test_every_gradient_is_the_slope_of_its_loss(name, num_classes):
+    logits, masks = torch.randn(1, num_classes, 2, 2), torch.tensor([[[0, 1], [1, 0]]])
+    loss = loss_for(num_classes, (), name)
+    loss(logits.requires_grad_(), masks).sum().backward()
+    steps = 0.01 * torch.eye(logits.numel()).view(-1, 1, *logits.shape[1:])
+    slopes = [(loss(logits + step, masks) - loss(logits - step, masks)).item() / 0.02
+              for step in steps]
+    assert logits.grad.flatten().tolist() == pytest.approx(slopes, abs=1e-3)
+
+
+@pytest.mark.parametrize("name, num_classes", fitting(1, 3))
 def test_no_loss_of_a_tile_depends_on_its_batch_or_on_ignored_pixels(name, num_classes):
     torch.manual_seed(0)
     logits = torch.randn(3, num_classes, 6, 6)

@@ -302,10 +302,11 @@ def test_a_name_in_no_table_is_refused(names, told):
 
 @pytest.mark.parametrize("model, skip, number", [
     ("unet", "conv", 18), ("swin_unet", "conv", 8), ("unet", "nested", 30),
-    ("unet", "fusionunet", 42)])
+    ("unet", "fusionunet", 42), ("double_unet", "standard", 40)])
 def test_3x3_convolutions_start_as_u_nets_authors_drew_them(model, skip, number):
     drawn = [layer for layer in create_model(model, skip, 1, width=16).modules()
-             if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3)]
+             if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3)
+             and layer.dilation == (1, 1)]  # those of DoubleU-Net's ASPP are PyTorch's
     for layer in drawn:
         std = (2 / layer.weight[0].numel()) ** 0.5
         assert layer.weight.std().item() == pytest.approx(std, rel=0.1) and not layer.bias.any()
@@ -324,6 +325,27 @@ def test_swin_taps_equal_timm_stage_by_stage(swin):
         torch.testing.assert_close(swin.encoder.forward_features(images).permute(0, 3, 1, 2),
                                    bottleneck)
     assert [x.shape[1:] for x in features] == [(192, 28, 28), (384, 14, 14), (768, 7, 7)]
+
+
+def test_swin_decoder_enlarges_concatenates_the_skip_behind_and_convolves(swin):
+    def enlarge(x, factor=2):
+        return F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
+
+    images = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        features, bottleneck = swin.encode(images)
+        fine, middle, coarse = map(enlarge, swin.skip(features))
+        x = swin.decoder[0](enlarge(bottleneck))
+        x = swin.decoder[1](torch.cat((x, coarse), dim=1))
+        x = swin.decoder[2](torch.cat((enlarge(x), middle), dim=1))
+        x = swin.decoder[3](torch.cat((enlarge(x), fine), dim=1))
+        torch.testing.assert_close(swin(images), enlarge(swin.head(x), 4))
+
+
+def test_swin_drops_paths_as_its_authors_do(swin):
+    rates = [layer.drop_prob for layer in swin.encoder.modules()
+             if type(layer).__name__ == "DropPath" and layer.drop_prob]
+    assert rates == sorted(rates) and rates[0] < 0.01 and rates[-1] == pytest.approx(0.1)
 
 
 def test_swin_head_may_come_before_the_last_resize(swin):

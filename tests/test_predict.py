@@ -502,6 +502,21 @@ def test_mask_of_one_class_holds_0_and_1_and_is_visible(use, tmp_path):
     assert shares["a"] == pytest.approx([1 - expected.numpy().mean(), expected.numpy().mean()])
 
 
+def test_the_share_of_nuclei_is_told_by_their_name(use, tmp_path, capsys):
+    image = Image.new("RGB", (64, 64))
+    image.paste("white", (0, 0, 32, 32))
+    image.save(tmp_path / "a.png")
+    use(Stub(lambda images: images[:, :1]), tmp_path / "a.png")  # white is above 0, black below
+    assert "a: 64 x 64, background 75.0 %, nucleus 25.0 %" in capsys.readouterr().out
+
+
+def test_predictions_are_in_the_half_precision_that_the_device_trains_in(monkeypatch):
+    seen, original = [], predict.autocast
+    monkeypatch.setattr(predict, "autocast", lambda device: seen.append(device) or original(device))
+    predict.predict_probs(redness(), torch.rand(1, 3, 16, 16), tta=True)
+    assert seen == 8 * [torch.device("cpu")]
+
+
 def test_mask_of_many_classes_holds_their_indices_in_the_palettes_colours(use, tmp_path, capsys):
     noise(100, 60).save(tmp_path / "a.png")
     network = redness(22)

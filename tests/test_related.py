@@ -13,7 +13,8 @@ import eval as evaluation
 import predict
 import train
 from models import MODELS, SKIPS, build_model, create_model
-from related import ASPP, ChannelAttention, FuseNeighbour, FusionUNetSkip, SqueezeExcite
+from related import (ASPP, ChannelAttention, FuseNeighbour, FusionRound, FusionUNetSkip,
+                     SqueezeExcite)
 from utils import load_checkpoint
 
 
@@ -92,6 +93,19 @@ def test_fusion_rounds_bring_every_level_to_every_level():
         assert all((y - x).abs().max() > 1e-4 for y, x in zip(skip(changed), before))
 
 
+def test_a_fusion_round_normalises_goes_down_level_by_level_and_up_again():
+    turn, features = FusionRound([4, 8, 16]).eval(), [torch.randn(2, 4 * 2**i, 16 // 2**i,
+                                                                  16 // 2**i) for i in range(3)]
+    fine, middle, coarse = (2 * x for x in features)
+    for norm in turn.norms:
+        norm.running_var[:] = 1 / 4 - norm.eps
+    middle = turn.down[0](middle, fine)
+    coarse = turn.down[1](coarse, middle)
+    middle = turn.up[0](middle, coarse)
+    for x, expected in zip(turn(features), (turn.up[1](fine, middle), middle, coarse)):
+        torch.testing.assert_close(x, expected)
+
+
 @pytest.mark.usefixtures("tiny_set")
 def test_fusion_u_net_of_an_odd_width_is_refused(tmp_path, capsys):
     line = refused(capsys, train, *arguments(tmp_path / "run", "--skip", "fusionunet", "--width",
@@ -133,6 +147,25 @@ def test_second_u_net_sees_the_image_times_one_mask_for_all_classes(double):
     torch.testing.assert_close(seen["second"][0], images * mask)
     for hook in hooks:
         hook.remove()
+
+
+def test_both_decoders_enlarge_concatenate_the_skips_behind_and_convolve(double):
+    def decode(blocks, x, *skips):
+        for block, *features in zip(blocks, *(skip[::-1] for skip in skips)):
+            x = nn.functional.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+            x = block(torch.cat([x, *features], dim=1))
+        return x
+
+    images = torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        one = [double.encoder[:last](images) for last in (4, 9, 18, 27)]
+        x = decode(double.decoder, double.aspp(double.encoder(images)), one)
+        two, x = [], images * double.mask(x).sigmoid()
+        for block in double.encoder2:
+            two.append(block(x))
+            x = nn.functional.max_pool2d(two[-1], 2)
+        x = decode(double.decoder2, double.aspp2(x), one, two)
+        torch.testing.assert_close(double(images), double.head(x))
 
 
 def test_aspp_sees_the_mean_and_taps_that_are_6_12_and_18_pixels_apart():

@@ -61,6 +61,8 @@ def test_the_papers_table_2():
             ("swin_unet", "fusion", (56.59, 63.69), (48.11, 55.06), (63.42, 76.96))]
     assert report.PAPER == {(name, model, skip): pair for model, skip, *pairs in rows
                             for name, pair in zip(columns, pairs) if pair}
+    assert report.PAPER_HOURS == {(name, model): hours for model, *row in (
+        ("unet", 50, 10, 2), ("swin_unet", 10, 2, 1)) for name, hours in zip(columns, row)}
 
 
 def test_table_1_shows_every_combination_beside_the_papers_two_counts():
@@ -138,7 +140,8 @@ def test_one_flag_more_is_compared_with_the_same_seed_without_it():
     runs = [run(0, 0.60, 0.50), run(1, 0.64, 0.54), run(0, 0.70, 0.45, "--lr", "0.01"),
             run(1, 0.72, 0.51, "--lr", "0.01"), run(2, 0.99, 0.99, "--lr", "0.01"),
             run(1, 0.63, 0.54, "--width", "8"), run(2, 0.5, 0.5, "--batch-size", "4"),
-            run(0, 0.80, 0.40, "--lr", "0.01", "--width", "8"), run(0, 0.9, 0.9) | EMPTY[0]]
+            run(0, 0.80, 0.40, "--lr", "0.01", "--width", "8"), run(0, 0.9, 0.9) | EMPTY[0],
+            run(1, 0.9, 0.9, "--epochs", "7") | {"weights": "of elsewhere"}]
     where = "monuseg, tile"
     assert cells(report.one_flag_more(runs)) == [
         [where, "unet", "standard", "62.00 ± 2.83", "37.60 ± 0.57", "52.00 ± 2.83"],
@@ -167,8 +170,10 @@ def test_skips_are_compared_seed_by_seed_and_image_by_image():
 
 def test_runs_tested_on_other_images_are_neither_compared_nor_averaged():
     other = scores("conv", 0, (0.5, 0.5, 0.5)) | {"images": ["A", "A", "C"]}
-    with pytest.raises(ValueError, match="monuseg, tile, unet, conv and .* different test"):
-        report.skip_differences([RUNS[0], other])
+    for runs in [RUNS[0], other], [RUNS[1], RUNS[3], scores("standard", 2, (0, 0, 0)),
+                                   other | {"args": scores("conv", 2, (0, 0, 0))["args"]}]:
+        with pytest.raises(ValueError, match="monuseg, tile, unet, conv and .* different test"):
+            report.skip_differences(runs)
     with pytest.raises(ValueError, match="monuseg, tile, unet, conv have different test images"):
         report.table_2([RUNS[3], other])
 
@@ -210,6 +215,8 @@ def test_every_run_is_told_by_the_command_that_repeats_it():
                        "3.0 min", str(RECIPE_VERSION)]
     (told, *_), = cells(report.commands([RUNS[0] | {"processes": 8}]))
     assert told.startswith("`torchrun --nproc-per-node 8 train.py --model unet ")
+    (*_, version), = cells(report.commands([RUNS[0] | {"recipe_version": 1}]))
+    assert version == "1"
     (told, *_), = cells(report.commands([MIXED[7]]))
     assert told.endswith(" --weights a/file.pth`")
 

@@ -254,6 +254,22 @@ def test_an_average_starts_from_the_pretrained_weights(tmp_path, monkeypatch):
     assert resume.start_or_resume(args, {}, model, scored, optimizer, scaler) == {}
 
 
+def test_all_processes_start_from_the_pretrained_weights_of_rank_0(monkeypatch):
+    """Here on a rank above 0, which gets them, and reads nothing."""
+    monkeypatch.setattr(create_model("unet", "standard", 1, 2).__class__, "pretrained", True)
+    monkeypatch.setattr(nn.Module, "load_pretrained", "weights", raising=False)
+    monkeypatch.setattr(resume, "on_rank_0",
+                        lambda function, *_: None if function is resume.read_last else function)
+    monkeypatch.setattr(resume.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(resume.dist, "broadcast", lambda value, source: value.fill_(3 - source))
+    args = train.parse_args(["--data", "synthetic", "--ema", "0.9"])
+    args.width = 2
+    training = train.build_training(args, 1, torch.device("cpu"))
+    assert resume.start_or_resume(args, {}, *training) == {"weights": "weights"}
+    for network in training[:2]:
+        assert all((value == 3).all() for value in network.state_dict().values())
+
+
 def test_float16_goes_on_at_its_scale_of_gradients():  # which only some GPUs have
     args = train.parse_args(["--width", "2"])
     model, scored, optimizer, scaler = train.build_training(args, 1, torch.device("cpu"))

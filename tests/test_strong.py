@@ -178,6 +178,23 @@ def test_stains_left_as_they_are_change_no_image_and_none_leaves_0_to_1():
     assert wild.isfinite().all() and wild.min() >= 0 and wild.max() <= 1
 
 
+def test_black_has_the_optical_density_of_grey_level_1():
+    images = torch.zeros(1, 3, 2, 2)
+    half = torch.tensor([[[0.5, 0.5, 0.5], [0, 0, 0]]])
+    expected = torch.full_like(images, (1 / 255)**0.5)
+    torch.testing.assert_close(data.change_stain(images, half), expected, atol=1e-5, rtol=0)
+
+
+def test_stains_change_before_the_light_does():
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    drawn = data.draw_augmentation(2, data.seeded_generator(0), names=["brightness"], stain=0.25)
+    drawn["brightness"] = torch.tensor([[0.8], [1.2]])
+    stained = data.change_stain(images.clone(), drawn["stain"])
+    expected = data.change_brightness(stained, drawn["brightness"])
+    changed, _ = data.augment(images, torch.zeros(2, 32, 32), drawn)
+    torch.testing.assert_close(changed, expected, atol=1e-4, rtol=0)
+
+
 # -----------------------------------------------------------------------------
 # Runs
 
@@ -291,6 +308,9 @@ def test_an_ensemble_takes_the_mean_of_the_logits(strong, root, tmp_path, capsys
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     both = evaluation.Ensemble(models)(images)
     torch.testing.assert_close(both, (models[0](images) + models[1](images)) / 2)
+    models[0].max_side, models[0].side_multiple = 224, 224  # as of Swin-UNet
+    assert (evaluation.Ensemble(models).max_side, evaluation.Ensemble(models).side_multiple) == (
+        224, 224)
     result, = evaluation.main(evaluation.parse_args([*map(str, paths), "--ensemble", "--whole"]))
     capsys.readouterr()
     alone = evaluation.main(evaluation.parse_args([*map(str, paths), "--whole"]))

@@ -51,7 +51,7 @@ def test_a_run_writes_a_log_curves_and_checkpoints_of_plain_values(whole):
         assert kinds <= {torch.Tensor, int, float, str, bool, type(None)}
     adam = load(whole.out / "last.pt")["optimizer"]
     for group in adam["param_groups"]:
-        assert (group["lr"], tuple(group["betas"])) == (1e-3, (0.9, 0.999))
+        assert (group["lr"], group["eps"], *group["betas"]) == (1e-3, 1e-8, 0.9, 0.999)
         assert group["weight_decay"] == 0
     assert {"exp_avg", "exp_avg_sq"} < set(adam["state"][0])
 
@@ -240,6 +240,14 @@ def made_up_time(monkeypatch):
     return clock, saved
 
 
+def test_the_seed_draws_the_initial_weights():
+    model, *_ = train.build_training(train.parse_args(["--width", "2", "--seed", "5"]), 1,
+                                     torch.device("cpu"))
+    torch.manual_seed(5)
+    expected = create_model("unet", "standard", 1, 2).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
 def test_last_pt_is_written_every_five_minutes_and_after_every_epoch(tmp_path, monkeypatch,
                                                                      made_up_time):
     def augment(*args):  # each batch takes two minutes
@@ -333,7 +341,8 @@ def test_two_nodes_need_no_common_disk(start_pair, tmp_path):
     for epochs in "1", "2":
         pair = start_pair("run", "--epochs", epochs, "--resume", folders=nodes)
         assert [process.exitcode for process in pair] == [0, 0], pair[1].said(".err")
-    assert len(json.loads((nodes[0] / "run/scores.json").read_text())["log"]) == 2
+    scores = json.loads((nodes[0] / "run/scores.json").read_text())
+    assert len(scores["log"]) == scores["processes"] == 2
     assert not list(nodes[1].iterdir())
 
 

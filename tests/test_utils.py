@@ -41,6 +41,16 @@ def test_a_file_that_cannot_be_written_wholly_leaves_the_old_one_and_no_partial(
     assert [*tmp_path.iterdir()] == [path] and path.read_bytes() == b"new"
 
 
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda number: calls.append("fsync") or fsync(number))
+    monkeypatch.setattr(Path, "replace",
+                        lambda path, name: calls.append("replace") or replace(path, name))
+    with write_atomic(tmp_path / "last.pt") as file:
+        file.write(b"new")
+    assert calls == ["fsync", "replace"]
+
+
 def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").touch()
