@@ -133,7 +133,7 @@ def test_a_tile_of_ignored_pixels_has_no_loss_and_no_gradient():
 @pytest.mark.parametrize("name, num_classes", fitting(1, 22))
 def test_losses_are_stable_in_half_precision(dtype, name, num_classes):
     masks = torch.randint(2, (2, 224, 224))
-    scale = torch.tensor([1.0, 1000.0]).view(2, 1, 1, 1)  # some rounding, and some overflow
+    scale = torch.tensor([1.0, 1000.0]).view(2, 1, 1, 1)  # one to be rounded, one to overflow
     logits = (scale * torch.randn(2, num_classes, 224, 224)).to(dtype).requires_grad_()
     function = loss_for(num_classes, (), name)
     loss = function(logits, masks)

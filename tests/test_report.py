@@ -486,11 +486,11 @@ def test_means_and_differences_in_the_words_of_both_pages_stand_in_the_tables():
     by_hand = {"0.64 ± 0.87", "0.16 ± 0.01", "0.66 ± 0.03"}
     longer = [whole_differences("standard-200epochs", "standard", data, 8, (0, 1, 2))
               for data in ("monuseg-exact", "monuseg")]
-    pairs = [whole_differences(*names, data, views, (0, 1)) for names, data, views in (
-        (("width64-standard", "exact-standard"), "monuseg-exact", 1),
-        (("width64-standard", "exact-standard"), "monuseg-exact", 8),
-        (("width64-standard", "exact-standard"), "monuseg", 8),
-        (("exact-standard", "standard"), "monuseg-exact", 8),
-        (("exact-standard", "standard"), "monuseg", 8))]
+    pairs = [whole_differences(*pair, (0, 1)) for pair in (
+        ("width64-standard", "exact-standard", "monuseg-exact", 1),
+        ("width64-standard", "exact-standard", "monuseg-exact", 8),
+        ("width64-standard", "exact-standard", "monuseg", 8),
+        ("exact-standard", "standard", "monuseg-exact", 8),
+        ("exact-standard", "standard", "monuseg", 8))]
     by_hand |= {*sum(longer, []), *(over_images for _, over_images in pairs)}
     assert len(told) > 20 and {number for number in told if number not in tables} == by_hand

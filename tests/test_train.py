@@ -154,6 +154,14 @@ def test_runs_that_differ_have_folders_of_their_own(flags, folder):
 # Chance
 
 
+def test_the_seed_draws_the_initial_weights():
+    model, *_ = train.build_training(train.parse_args(["--width", "2", "--seed", "5"]), 1,
+                                     torch.device("cpu"))
+    torch.manual_seed(5)
+    expected = create_model("unet", "standard", 1, 2).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
 def test_a_seed_fixes_the_run_and_another_changes_all_but_the_split(whole, tmp_path):
     torch.manual_seed(99), np.random.seed(99), random.seed(99)
     assert fit(tmp_path / "run") == whole.score
@@ -238,14 +246,6 @@ def made_up_time(monkeypatch):
     monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: clock[-1]))
     monkeypatch.setattr(train, "save_checkpoint", save)
     return clock, saved
-
-
-def test_the_seed_draws_the_initial_weights():
-    model, *_ = train.build_training(train.parse_args(["--width", "2", "--seed", "5"]), 1,
-                                     torch.device("cpu"))
-    torch.manual_seed(5)
-    expected = create_model("unet", "standard", 1, 2).state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
 def test_last_pt_is_written_every_five_minutes_and_after_every_epoch(tmp_path, monkeypatch,
