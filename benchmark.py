@@ -1,7 +1,7 @@
 """Time and memory of a training step, next to the same network as it is commonly written.
 
-    python benchmark.py                     # the paper's networks; minutes on a CPU, batches of 2
-    python benchmark.py --compile           # ours compiled; on a GPU, batches of 8 and 50
+    python benchmark.py                     # batches of 2 on a CPU (minutes), 8 and 50 on a GPU
+    python benchmark.py --compile           # the same, with our side compiled
     python benchmark.py --json speed.json
 
 The baseline is float32, contiguous and eager, with Adam's defaults, a fusion skip that convolves

@@ -149,7 +149,7 @@ def split_by_hash(rows, pool, fraction, unit):
     """Draw whole units from `pool` -> (drawn, rest), lists of indices.
 
     A unit is a tile, a source image, or a tissue source site, TCGA's code for an institution and a
-    kind of cancer: images whose names share their first two parts, as TCGA-B0.
+    kind of cancer: images whose names share their first two parts, such as TCGA-B0.
     """
     name_of = {"tile": lambda row: str(row[:3]), "image": lambda row: row.image,
                "site": lambda row: "-".join(row.image.split("-")[:2])}[unit]
@@ -315,7 +315,10 @@ def read_windows(tiles, wholes, indices, positions, scale):
 
 
 def window_side(scale):
-    """Pixels along a square that holds a window at 45 degrees, its largest scale, most shifts."""
+    """Side in pixels of a square that holds a window turned by 45 degrees at its largest scale.
+
+    It has room for most of the elastic shifts, too.
+    """
     return 2 * math.ceil(TILE * math.exp(scale) / math.sqrt(2) + ELASTIC_STD)
 
 
@@ -337,9 +340,9 @@ def normalize(images):
     return (images - mean) / std
 
 
-def train_batches(tiles, indices, batch_size, seed, first_step, last_step, device, rank=0,
+def train_batches(tiles, indices, batch_size, seed, first_step, end_step, device, rank=0,
                   world_size=1, augmentations="all", wholes=None, windows=0.0, stain=0.0):
-    """Yield the augmented batches of training steps first_step..last_step - 1, counted from 0.
+    """Yield the augmented batches of training steps first_step to end_step - 1, counted from 0.
 
     A batch is images (n, 3, 224, 224) float 0..1 and masks (n, 224, 224) int64 on `device`, n this
     process's share of the batch size. Every epoch has an order of its own, and leaves out the tiles
@@ -371,9 +374,9 @@ def train_batches(tiles, indices, batch_size, seed, first_step, last_step, devic
 
     with ThreadPoolExecutor(1) as reader:
         next_batch = reader.submit(fetch, first_step)
-        for step in range(first_step, last_step):
+        for step in range(first_step, end_step):
             images, masks = to_batch(next_batch.result(), device)
-            if step + 1 < last_step:
+            if step + 1 < end_step:
                 next_batch = reader.submit(fetch, step + 1)
             epoch, batch_index = divmod(step, num_steps)
             rng = seeded_generator(seed, epoch + 1, batch_index)

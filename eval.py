@@ -9,8 +9,8 @@
     python eval.py runs/*/best.pt --curves curves.png             # training, as the paper's Fig. 2
 
 Everything comes from one confusion matrix per tile, or per whole image. Its two averages differ, by
-about a point on MoNuSeg and by more with many classes, so both are always shown: "per tile" is what
-the paper's Table 2 seems to hold, "global" is usual in semantic segmentation.
+half a point to a point on MoNuSeg and by more with many classes, so both are always shown: "per
+tile" is what the paper's Table 2 seems to hold, "global" is usual in semantic segmentation.
 """
 
 import argparse
@@ -368,9 +368,10 @@ def main(args):
     # Score.
     if args.ensemble:
         ensemble = build_ensemble(checkpoints, models)
-        if len({one["args"]["seed"] for one in checkpoints.values()}) < len(args.checkpoints):
-            raise ValueError("--ensemble is of runs that differ in their seed, and two of these "
-                             "have the same: name each once")
+        seeds = {one["args"]["seed"] for one in checkpoints.values()}
+        if len(seeds) < max(2, len(args.checkpoints)):
+            raise ValueError("--ensemble takes two runs or more, each of another seed: name each "
+                             "once")
         path, checkpoint = next(iter(checkpoints.items()))
         results = [score(ensemble, checkpoint, path, device, args) | {"ensemble": args.checkpoints}]
     else:

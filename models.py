@@ -291,9 +291,8 @@ def build_model(checkpoint, path):
     Raises ValueError if they do not fit.
     """
     args = checkpoint["args"]
-    arguments = {"model": args["model"], "skip": args["skip"], "width": args["width"],
-                 "num_classes": checkpoint["num_classes"],
-                 "skip_depth": args["skip_depth"]}
+    arguments = {name: args[name] for name in ("model", "skip", "width", "skip_depth")}
+    arguments["num_classes"] = checkpoint["num_classes"]
     try:
         with torch.device("meta"):  # takes no memory, however large the file claims to be
             wrong = ", ".join(misfits(create_model(**arguments), checkpoint["model"])[:3])

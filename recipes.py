@@ -21,7 +21,7 @@ COMMON = {"classes": None, "loss": None, "schedule": "constant", "weight_decay":
 STRONG = {"lr": 2e-3, "schedule": "cosine", "weight_decay": 0.05, "ema": 0.999, "windows": 0.25,
           "stain": 0.25, "swin_unet": {"lr": 2e-4}}
 RECIPES |= {f"{name} strong": paper | STRONG for name, paper in RECIPES.items()}
-RECIPES["synthetic strong"] |= {"loss": "bce+dice"}
+RECIPES["synthetic strong"]["loss"] = "bce+dice"
 RECIPES["monuseg strong"] |= {"loss": "bce+dice", "epochs": 200}
 
 # Raised whenever the same flags train differently: runs of two versions are never averaged.
@@ -49,7 +49,7 @@ def recipe_overrides(args):
     """The part of a run's arguments, a dict, that differs from its recipe -> {flag: value}."""
     recipe = recipe_for(args["recipe"], args["model"])
     overrides = {name: args[name] for name, value in recipe.items()
-                 if args.get(name, value) != value}  # a run does not name flags added since
+                 if args.get(name, value) != value}  # older runs lack newer flags
     if args["ignore_index"]:
         overrides["ignore_index"] = " ".join(map(str, args["ignore_index"]))
     return overrides

@@ -4,7 +4,7 @@
 #   ./reproduce.sh monuseg                                 both networks, three skips, seeds 0 1 2
 #   ./reproduce.sh monuseg --skips conv fusion --seeds 0   some of them
 #   ./reproduce.sh monuseg --models unet --width 16        other flags go to train.py
-#   ./reproduce.sh monuseg --jobs 2                        two at a time (default: one a GPU, or 1)
+#   ./reproduce.sh monuseg --jobs 2                        2 at a time (default: one per GPU, or 1)
 #
 # Start it again after an interruption: what is finished is skipped, the rest resumed, and a run
 # that fails does not stop the others. The output of each run is added to

@@ -66,8 +66,8 @@ def check_origin(args, started):
     elif MODELS[args.model].pretrained and started == "from scratch":
         asked = "pretrained"
     if asked != started:
-        raise ValueError(f"{args.out / 'last.pt'}: started with {started}, not {asked}: give "
-                         "the same, or another --out")
+        raise ValueError(f"{args.out / 'last.pt'}: its initial weights: {started}; the flags ask "
+                         f"for: {asked}. Give the same flags, or another --out")
 
 
 def restore(checkpoint, model, eval_model, optimizer, scaler):
@@ -93,14 +93,15 @@ def read_last(path, run, optimizer):
         return None
     checkpoint = load_checkpoint(path, CHECKPOINT_SCHEMA | {
         "step": int, "losses": torch.Tensor, "seconds": [float], "elapsed": float,
-        "trained": {str: torch.Tensor}, "optimizer": {"state": {int: dict}}, "scaler": dict})
+        "trained": {str: torch.Tensor},  # what steps change; "model" is what is scored
+        "optimizer": {"state": {int: dict}}, "scaler": dict})
     for name in ("data", "model", "recipe", *run["args"]):  # first those on which others depend
         value = run["args"][name]
-        trained = checkpoint["args"].get(name, COMMON.get(name))  # of a flag added since
+        before = checkpoint["args"].get(name, COMMON.get(name))  # older files lack newer flags
         # A run may be lengthened, unless its learning rate depends on its length.
-        if trained != value and (name != "epochs" or run["args"]["schedule"] != "constant"):
+        if before != value and (name != "epochs" or run["args"]["schedule"] != "constant"):
             raise ValueError(f"--{name.replace('_', '-')} {value}: {path} was trained with "
-                             f"{trained}; give the same, or another --out")
+                             f"{before}; give the same, or another --out")
     epochs, num_steps = len(checkpoint["log"]), len(run["losses"])
     if checkpoint["recipe_version"] != RECIPE_VERSION:
         raise ValueError(f"{path}: was trained by version {checkpoint['recipe_version']} of the "

@@ -64,7 +64,7 @@ def parse_args(argv=None):
                         help="conv and fusion: N 1x1 convolutions in a row, with ReLU between "
                              "them, to make y_i; the paper has one (default: 1)")
     parser.add_argument("--data", default="synthetic", help="monuseg, monuseg-exact, bcss, "
-                        "bcss512, a prepared set of your own (default: synthetic, drawn on the "
+                        "bcss512, or a prepared set of your own (default: synthetic, drawn on the "
                         "spot)")
     parser.add_argument("--classes", type=number(int, minimum=3, maximum=22), metavar="K",
                         help="synthetic: regions and nuclei of 3 to 22 classes instead of nuclei "
@@ -119,13 +119,14 @@ def parse_args(argv=None):
     # Speed and memory
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16 on a "
                         "CPU, too: it may pay on one with instructions for it (avx512_bf16, amx) "
-                        "and is far slower on others; CUDA always trains in half precision")
+                        "and is slower on others, often far slower; CUDA always trains in half "
+                        "precision")
     parser.add_argument("--compile", action="store_true",
                         help="torch.compile the network, but for recomputed blocks (it has not "
                         "paid where we timed it)")
     parser.add_argument("--checkpointing", action="store_true",
-                        help="recompute the U-Net's largest feature maps: a third less memory or "
-                        "more, more time (other networks ignore this)")
+                        help="recompute the U-Net's largest feature maps instead of keeping them: "
+                        "at least a third less memory, more time (other networks ignore this)")
     # Where
     parser.add_argument("--out", type=output_folder, help="run folder (default: "
                         "runs/DATA-MODEL-SKIP, what differs from the recipe, and the seed)")
@@ -420,7 +421,7 @@ def validate(args, epoch, model, tiles, indices, loss_fn, device, rank, world_si
 
 
 def check_finite(losses, epoch, what, out):
-    """ValueError if a loss of this epoch is not finite; `what` has one each, say, "step"."""
+    """ValueError if a loss of this epoch is not finite; `what` names what it is of, say, "step"."""
     bad = (~losses.isfinite()).nonzero()
     if len(bad):
         first = bad[0, 0].item()

@@ -365,7 +365,7 @@ def test_what_cannot_be_shown_is_refused_before_anything_is_scored(whole, tmp_pa
     (["--figure", "figure.txt"], "figure.txt is not the name of a picture: let"),
     (["--curves", "curves.psd"], "curves.psd is not the name of a picture: let"),
     (["--json", ".."], ".. cannot be written: name a file in a"),
-    (["--ensemble"], "two of these have the same: name each once"),
+    (["--ensemble"], "takes two runs or more, each of another seed: name each once"),
     (["--batch-size", "0"], "0 is not a number above 0"), (["--device", "abacus"], "abacus")])
 def test_impossible_flags_are_refused_by_name(whole, capsys, tmp_path, monkeypatch, flags,
                                                   message):

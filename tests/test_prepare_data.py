@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -318,3 +319,9 @@ def test_help_shows_commands_and_fetches_nothing(place, words):
     said = place.run(*words)
     assert "./prepare_data.sh monuseg --from DIR" in said and "set -e" not in said
     assert not (place.repo / "data").exists()
+
+
+def test_readme_links_to_the_archives_that_are_fetched():
+    ids = re.findall(r"\$\{drive\}(\w+)", SCRIPT.read_text("utf-8"))
+    readme = SCRIPT.with_name("README.md").read_text("utf-8")
+    assert len(ids) == 2 and all(f"&id={name})" in readme for name in ids)

@@ -357,10 +357,10 @@ def test_resume_refuses_other_pretrained_weights(monkeypatch):
     parts = train.build_training(args, 1, torch.device("cpu"))
     for weights, no_pretrained in ("other.pth", False), (None, True):
         args.weights, args.no_pretrained = weights, no_pretrained
-        with pytest.raises(ValueError, match="started with encoder weights from a.pth, not"):
+        with pytest.raises(ValueError, match="weights: encoder weights from a.pth; the flags"):
             resume.start_or_resume(args, {}, *parts)
     monkeypatch.setattr(type(parts[0]), "pretrained", True)
     monkeypatch.setattr(resume, "read_last", lambda *_: {"weights": "from scratch"})
     args.weights = args.no_pretrained = None
-    with pytest.raises(ValueError, match="started with from scratch, not pretrained"):
+    with pytest.raises(ValueError, match="from scratch; the flags ask for: pretrained"):
         resume.start_or_resume(args, {}, *parts)

@@ -331,6 +331,7 @@ def test_an_ensemble_takes_the_mean_of_the_logits(strong, root, tmp_path, capsys
         line = refused(capsys, evaluation, *paths, odd, "--ensemble")
         assert f"{odd}: was trained on other tiles than {paths[0]}, or with other flags" in line
     assert "--ensemble" in refused(capsys, evaluation, *paths, "--ensemble", "--figure", "x.png")
+    assert "two runs or more" in refused(capsys, evaluation, paths[0], "--ensemble")
 
 
 def test_flags_for_whole_images_are_refused_where_they_do_not_apply(root, tmp_path, capsys):
