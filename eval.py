@@ -30,7 +30,7 @@ from losses import loss_for
 from models import build_model
 from plots import draw_curves, draw_figure
 from predict import predict_bands
-from report import AVERAGES, check_seeds, flags, percent, table_2
+from report import AVERAGES, check_seeds, check_test_sets, flags, percent, table_2
 from utils import (LOG_SCHEMA, autocast, first_mismatch, load_checkpoint, number, output_file,
                    output_picture, pick_device, print_progress, run_cli, write_atomic,
                    write_json)
@@ -220,20 +220,26 @@ def build_ensemble(checkpoints, models):
     return Ensemble(models)
 
 
-def score(model, checkpoint, path, device, options):
-    """Score a network on the test tiles of its checkpoint's split -> dict, as report.py takes it.
+def open_test(checkpoint, path, options):
+    """What a network is tested on -> Tiles, indices of the test tiles, {image: WholeImage}.
 
-    `options` are the command's flags.
+    The last is empty without --whole. `options` are the command's flags. Raises as `open_data` and
+    `data.whole_images` do.
     """
-    args, model = checkpoint["args"], model.to(device)
-    data = options.data or args["data"]
+    data = options.data or checkpoint["args"]["data"]
     tiles, parts = open_data(checkpoint, path, options.data_root, data)
-    wholes = whole_images(data, tiles, parts["test"]) if options.whole else {}
+    return tiles, parts["test"], whole_images(data, tiles, parts["test"]) if options.whole else {}
+
+
+def score(model, checkpoint, path, test, device, options):
+    """Score a network -> dict, as report.py takes it; `test` is what `open_test` returns."""
+    args, model = checkpoint["args"], model.to(device)
+    tiles, indices, wholes = test
     loss_fn = loss_for(checkpoint["num_classes"], args["ignore_index"])  # no score depends on it
-    confusions, _ = evaluate(model, tiles, parts["test"], loss_fn, device, options.batch_size)
+    confusions, _ = evaluate(model, tiles, indices, loss_fn, device, options.batch_size)
     result = {"checkpoint": str(path), "epoch": len(checkpoint["log"]), "args": args,
               "recipe_version": checkpoint["recipe_version"], "weights": checkpoint["weights"],
-              "set": tiles.info, "data": data,
+              "set": tiles.info, "data": options.data or args["data"],
               **compute_metrics(confusions, args["ignore_index"]),
               "confusion": confusions.sum(0).tolist()}
     if wholes:
@@ -254,36 +260,26 @@ def titles(results):
     return [f"{name}\n{own}".strip() for name, own in zip(names, others)]
 
 
-def open_test(checkpoints, options):
-    """The tiles of {path: checkpoint}, all of one set -> Tiles, indices of test tiles, their names.
+def tile_names(tiles, indices):
+    """What tiles are called in figures and by --tiles: IMAGE/ROW/COLUMN."""
+    return ["{}/{}/{}".format(*tiles.rows[i][:3]) for i in indices]
 
-    Raises ValueError if --tiles names a tile that is not among them.
+
+def figure(models, results, tiles, indices, names, device):
+    """Draw test tiles, those named or five from the worst to the best -> PIL image, how many.
+
+    The networks, all of one data set and split, are on `device` and in evaluation mode; `results`
+    are theirs, of `score`; `indices` are the test tiles'.
     """
-    path, checkpoint = next(iter(checkpoints.items()))
-    data = options.data or checkpoint["args"]["data"]
-    tiles, parts = open_data(checkpoint, path, options.data_root, data)
-    names = ["{}/{}/{}".format(*tiles.rows[i][:3]) for i in parts["test"]]
-    unknown = [name for name in options.tiles or [] if name not in names]
-    if unknown:
-        raise ValueError(f"--tiles {unknown[0]}: no such test tile: give names such as {names[0]}")
-    return tiles, parts["test"], names
-
-
-def figure(checkpoints, models, results, device, options):
-    """Draw test tiles, --tiles or five from the worst to the best scored -> PIL image, how many.
-
-    checkpoints: {path: checkpoint}, all of one data set and split; their networks, on `device` and
-    in evaluation mode; results of `score`.
-    """
-    tiles, test, names = open_test(checkpoints, options)
     ious = [result["tiles"] for result in results]  # None for a tile without any class
-    if options.tiles:
-        chosen = [names.index(name) for name in options.tiles]
+    known = tile_names(tiles, indices)
+    if names:
+        chosen = [known.index(name) for name in names]
     else:
-        order = sorted(range(len(test)), key=lambda k: sum(scores[k] or 0.0 for scores in ious))
+        order = sorted(range(len(known)), key=lambda k: sum(scores[k] or 0.0 for scores in ious))
         spread = np.unique(np.linspace(0, len(order) - 1, 5).round().astype(int))
         chosen = [order[k] for k in spread]
-    images, _ = get_batch(tiles, test[chosen], device)
+    images, _ = get_batch(tiles, indices[chosen], device)
     with torch.inference_mode():
         predictions = [logits_to_labels(model(normalize(images))).cpu().numpy().astype(np.uint8)
                        for model in models]
@@ -291,7 +287,7 @@ def figure(checkpoints, models, results, device, options):
     for k, *labels in zip(chosen, *predictions):
         captions = ["IoU -" if scores[k] is None else f"IoU {100 * scores[k]:.1f}"
                     for scores in ious]
-        rows.append((names[k], tiles.images[test[k]].numpy(), tiles.masks[test[k]].numpy(),
+        rows.append((known[k], tiles.images[indices[k]].numpy(), tiles.masks[indices[k]].numpy(),
                      labels, captions))
     return draw_figure(titles(results), rows, tiles.info["classes"]), len(chosen)
 
@@ -358,25 +354,32 @@ def main(args):
         if args.whole and checkpoint["args"]["split"] == "tile":
             raise ValueError(f"{path}: was trained with --split tile and has seen parts of all "
                              "images: --whole is for --split image or official")
-    if not args.ensemble:
-        check_seeds(checkpoints.values())
-    if args.tiles:
-        open_test(checkpoints, args)  # refuses unknown ones
-    if args.curves:
-        logs = {str(path.parent): [read_log(path.with_name("log.csv"))] for path in checkpoints}
-
-    # Score.
     if args.ensemble:
         ensemble = build_ensemble(checkpoints, models)
         seeds = {one["args"]["seed"] for one in checkpoints.values()}
         if len(seeds) < max(2, len(args.checkpoints)):
             raise ValueError("--ensemble takes two runs or more, each of another seed: name each "
                              "once")
-        path, checkpoint = next(iter(checkpoints.items()))
-        results = [score(ensemble, checkpoint, path, device, args) | {"ensemble": args.checkpoints}]
     else:
-        results = [score(model, checkpoint, path, device, args)
-                   for model, (path, checkpoint) in zip(models, checkpoints.items())]
+        check_seeds(checkpoints.values())
+    tests = [open_test(checkpoint, path, args) for path, checkpoint in checkpoints.items()]
+    check_test_sets(checkpoints.values())
+    if args.tiles:
+        known = tile_names(*tests[0][:2])
+        if unknown := [name for name in args.tiles if name not in known]:
+            raise ValueError(f"--tiles {unknown[0]}: no such test tile: give names such as "
+                             f"{known[0]}")
+    if args.curves:
+        logs = {str(path.parent): [read_log(path.with_name("log.csv"))] for path in checkpoints}
+
+    # Score.
+    if args.ensemble:
+        path, checkpoint = next(iter(checkpoints.items()))
+        results = [score(ensemble, checkpoint, path, tests[0], device, args) |
+                   {"ensemble": args.checkpoints}]
+    else:
+        results = [score(model, checkpoint, path, test, device, args)
+                   for model, test, (path, checkpoint) in zip(models, tests, checkpoints.items())]
 
     # Write and print.
     if args.json:
@@ -392,7 +395,7 @@ def main(args):
         print("\nPercent: mean ± standard deviation over runs (in brackets: the paper's)\n")
         print(table_2(results))
     if args.figure:
-        image, n = figure(checkpoints, models, results, device, args)
+        image, n = figure(models, results, *tests[0][:2], args.tiles, device)
         with write_atomic(args.figure) as file:
             image.save(file)
         print(f"{args.figure}: {n} test tiles")

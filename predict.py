@@ -39,9 +39,12 @@ MARK.add_text("Software", "predict.py")
 def find_images(images, out):
     """Find the images among files and folders, which may hold predictions -> {name: path}.
 
-    Raises ValueError if there is none, if two have one name, if one lies in the folder `out`, or if
-    a file there that predict.py has not written would be overwritten.
+    Raises ValueError if there is none, if two have one name, if one lies in the folder `out` or is
+    a checkpoint, or if a file there that predict.py has not written would be overwritten.
     """
+    for path in images:
+        if path.suffix == ".pt":
+            raise ValueError(f"{path}: a checkpoint: name one alone, then images")
     folders = [path for path in images if path.is_dir()]
     files = [path.absolute() for path in images if path not in folders]
     paths = index_by_stem(files + [path for path in find_files(folders, SUFFIXES)

@@ -92,10 +92,13 @@ for word; do
       flag=$word; options+=("$word") ;;
     -*) die "no flag is called $word: see --help" ;;
     *:--from) sources+=("$(absolute "$word")") ;;
+    *:--raster) options+=("$word")
+      [ "$word" = paper ] || [ "$word" = exact ] || die "--raster is paper or exact, not $word" ;;
     *:--data-root) root=$(absolute "$word"); options+=("$root") ;;
     *) options+=("$word") ;;
   esac
 done
+case ${word-} in --raster | --data-root) die "$word needs a value" ;; esac
 [ ${#sources[@]} -gt 0 ] || [ -z "$from" ] || die "--from needs a folder or an archive"
 python=${PYTHON:-$(command -v python || command -v python3 || echo python)}
 command -v "$python" >/dev/null || [ "$name" = weights ] || die "no $python here: set PYTHON"

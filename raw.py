@@ -292,7 +292,7 @@ def read_labels(path):
     """
     # Of these modes, all but the first three are read only to be named in an error below.
     image = read_image(path, ("L", "P", "1", "RGB", "RGBA", "LA", "I;16", "I"))
-    if image.format == "JPEG":
+    if image.format == "JPEG" or "jpeg" in str(image.info.get("compression")):  # of a TIFF
         raise ValueError(f"{path}: a JPEG, which does not keep labels as they are: export masks as "
                          "PNG")
     with Image.open(path, formats=FORMATS) as stored:
@@ -480,6 +480,10 @@ def find_own(folders, classes=None, scale=1.0):
         raise ValueError(f"{root}: has a folder {parts[0]}, but none to "
                          f"{'test on' if 'train' in parts else 'train on'}: add it, or put all "
                          "files in one images and one masks, of which parts are then drawn")
+    for part in "train", "val", "test":
+        if (root / "images" / part).is_dir():
+            raise ValueError(f"{root / 'images' / part}: a part of a set has its files in "
+                             f"{root / part / 'images'} and {root / part / 'masks'}: move them")
     for folder, part in [(root / part, part) for part in parts] or [(root, "train")]:
         for name in "images", "masks":
             if not (folder / name).is_dir():

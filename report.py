@@ -63,7 +63,10 @@ AVERAGES = {"per_tile": "per tile", "global": "global", "per_image": "per whole 
 
 
 def read_results(paths):
-    """Read JSON files of train.py and of eval.py -> results of runs, results of whole images."""
+    """Read JSON files of train.py and of eval.py -> results of runs, results of whole images.
+
+    Raises ValueError if one is neither, or if they cannot stand in one table.
+    """
     runs, wholes = [], []
     for path in paths:
         content = read_json(path)
@@ -71,6 +74,8 @@ def read_results(paths):
             wholes += [check(result, WHOLE_SCHEMA, path) for result in content]
         else:
             runs.append(check(content, SCORES_SCHEMA, path))
+    check_test_sets(runs)
+    check_test_sets(wholes)
     return runs, wholes
 
 
@@ -88,6 +93,7 @@ def check(result, schema, path):
         sound["args"] = not any(isinstance(value, (list, dict)) for name, value in
                                 result["args"].items() if name != "ignore_index")
         sound["ensemble"] = isinstance(result.get("ensemble", []), list)
+        sound["set"] = not first_mismatch(result.get("set", {"classes": []}), {"classes": [str]})
         if schema is SCORES_SCHEMA:
             sound["log"] = 0 < len(result["log"]) == len(result["seconds"])
             sound["tiles"] = len(result["tiles"]) == len(result["images"])
@@ -97,6 +103,23 @@ def check(result, schema, path):
                          f"nor what eval.py --whole --json writes ({wrong} missing or not as it "
                          "should be)")
     return result
+
+
+def check_test_sets(results):
+    """ValueError if results, or checkpoints, of one data set and split differ in what they test on.
+
+    A result names its test images; of a checkpoint, "split" is a fingerprint of the tiles.
+    """
+    def names(result):
+        args = result["args"]
+        return args["data"], args["split"], args.get("classes")
+
+    for (data, split, _), group in group_by(results, names).items():
+        tests = {(result.get("split"), *result.get("images", ())) for result in group}
+        classes = {tuple(result["set"]["classes"]) for result in group if "set" in result}
+        if len(tests) > 1 or len(classes) > 1:
+            raise ValueError(f"runs of {data}, {split}, have different test images or classes: "
+                             "leave out those of other prepared data")
 
 
 def flags(result):
@@ -258,8 +281,7 @@ def table_2(results):
     """The paper's Table 2, one for every data set and split: mean ± standard deviation over seeds.
 
     In brackets the paper's, beside scores per tile of its recipe and kind of split. A row holds the
-    runs that differ in the seed alone; ValueError for two that differ in nothing, or in their test
-    images.
+    runs that differ in the seed alone; ValueError for two that differ in nothing.
     """
     check_seeds(results)
     averages = [average for average in AVERAGES if all(average in one for one in results)]
@@ -268,9 +290,6 @@ def table_2(results):
     for (data, split, scored_on, name, skip), group in sorted(
             group_by(results, row_of).items(),
             key=lambda item: (item[0][:-1], [*SKIPS].index(item[0][-1]))):
-        if len({tuple(result.get("images", ())) for result in group}) > 1:
-            raise ValueError(f"runs of {data}, {split}, {name}, {skip} have different test images: "
-                             "leave out those of other prepared data")
         is_papers = split == "tile" and scored_on == data and name == group[0]["args"]["model"]
         paper = PAPER.get((data, name, skip)) if is_papers else None
         cells = []
@@ -305,10 +324,6 @@ def skip_differences(results):
             if not pairs:
                 continue
             over_seeds = [one["per_tile"]["iou"] - two["per_tile"]["iou"] for one, two in pairs]
-            images = pairs[0][0]["images"]
-            if any(run["images"] != images for pair in pairs for run in pair):
-                raise ValueError(f"runs of {data}, {split}, {name}, {skip} and {first} have "
-                                 "different test images: leave out those of other prepared data")
             tiles = np.array([[run["tiles"] for run in pair] for pair in pairs], float)
             per_tile = (tiles[:, 0] - tiles[:, 1]).mean(axis=0)  # the mean of all seeds
             deviations, interval, needed = "-", "-", "-"
@@ -323,7 +338,8 @@ def skip_differences(results):
             paper = f"{papers[0][0] - papers[1][0]:+.2f}" if all(papers) else ""
             tables.setdefault(len(pairs), []).append([
                 f"{data}, {split}", name, f"{skip} - {first}", mean_and_error(over_seeds),
-                interval, percent(error_over_images(images, per_tile)), deviations, needed, paper])
+                interval, percent(error_over_images(group[0]["images"], per_tile)),
+                deviations, needed, paper])
     titles = ["Data, split", "Model", "Skips", "Difference over seeds", "at 95 %",
               "Error over test images", "Deviation between seeds", "Seeds to see 1 point",
               "The paper's difference"]

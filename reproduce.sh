@@ -23,6 +23,10 @@ jobs=$((${#gpus[@]} > 1 ? ${#gpus[@]} : 1))
 shift
 for word; do
   case $word:$list in
+    -h:* | --help:*) exec bash "$0" --help ;;
+    --model:* | --skip:* | --seed:* | --data:* | --out:*)
+      echo "reproduce.sh: ${word} is set for each run: give --models, --skips or --seeds" >&2
+      exit 2 ;;
     --models:* | --skips:* | --seeds:* | --jobs:*) list=${word#--}; declare "$list=" ;;
     --*) list=''; flags+=("$word") ;;
     *:) flags+=("$word") ;;

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import shutil
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -357,6 +358,26 @@ def test_what_cannot_be_shown_is_refused_before_anything_is_scored(whole, tmp_pa
                                           tmp_path / "x.png")
 
 
+def test_the_tiles_of_all_networks_are_opened_before_one_is_scored(whole, tmp_path, capsys,
+                                                                   monkeypatch):
+    def load(_, root, *__):
+        tiles = made_up_tiles()
+        return data.Tiles(tiles.images[:-2], tiles.masks[:-2], tiles.rows[:-2], tiles.info) if (
+            root == "other") else tiles
+
+    monkeypatch.setattr(evaluation, "load", load)
+    monkeypatch.setattr(evaluation, "score", lambda *_: pytest.fail("scored"))
+    odd = changed(whole, tmp_path / "odd.pt", data_root="other", args={"seed": 1})
+    line = refused(capsys, evaluation, whole.out / "best.pt", odd)
+    assert f"{odd}: was trained on other tiles than {Path('other', 'monuseg')} holds" in line
+    rows = load("", "other").rows
+    fewer = data.fingerprint(rows, data.split_tiles("monuseg", rows, "tile"))
+    changed(whole, odd, data_root="other", args={"seed": 1}, split=fewer)
+    for flags in (), ("--figure", tmp_path / "x.png"):
+        line = refused(capsys, evaluation, whole.out / "best.pt", odd, *flags)
+        assert "runs of monuseg, tile, have different test images or classes: leave out" in line
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--figure", "x.png", "--tiles", "nowhere/0/0"], "nowhere/0/0: no such test tile"),
     (["--tiles", "image-1/0/0"], "--tiles is for --figure"),
@@ -431,9 +452,10 @@ def test_a_figure_shows_the_tiles_that_are_asked_for_in_their_order(whole, capsy
 def figure_of(path, scores):
     """Draw a network's figure as if its tiles had these scores -> what is drawn, how many tiles."""
     checkpoint = load_checkpoint(path)
-    return evaluation.figure({path: checkpoint}, [build_model(checkpoint, path).eval()],
-                             [{"args": checkpoint["args"], "tiles": scores}], torch.device("cpu"),
-                             evaluation.parse_args([str(path), "--figure", "x.png"]))
+    return evaluation.figure([build_model(checkpoint, path).eval()],
+                             [{"args": checkpoint["args"], "tiles": scores}], made_up_tiles(),
+                             PARTS["test"] if len(scores) == 2 else torch.arange(16), None,
+                             torch.device("cpu"))
 
 
 @pytest.mark.parametrize("scores", [[0.9, 0.2], [0.2, 0.9], [0.9, None]])
@@ -448,8 +470,6 @@ def test_a_figure_goes_from_the_worst_tile_to_the_best(whole, tmp_path, monkeypa
 
 
 def test_of_many_tiles_a_figure_shows_five_over_the_range_of_scores(whole, monkeypatch):
-    monkeypatch.setattr(evaluation, "open_data",
-                        lambda *_: (made_up_tiles(), {"test": torch.arange(16)}))
     monkeypatch.setattr(evaluation, "draw_figure", lambda titles, rows, names: rows)
     rows, n = figure_of(whole.out / "best.pt", [k / 20 for k in reversed(range(16))])
     assert n == 5 and [row[-1] for row in rows] == [

@@ -310,6 +310,10 @@ BAD = {
                                 for kind in ("images", "masks")] and move_to("test")(raw), (),
                    "train/images: holds no"),
     "no folders": (lambda raw: (raw / "images").rename(raw / "pictures"), (), "images: no such"),
+    "a JPEG in a TIFF": (lambda raw: (remove("masks/image-1.png")(raw), Image.fromarray(
+        noise(230, 300, high=2)).save(raw / "masks/image-1.tif", compression="jpeg")), (),
+        "image-1.tif: a JPEG"),
+    "parts in images": (lambda raw: (raw / "images/test").mkdir(), (), "images/test: a part of"),
     "images beside a part": (lambda raw: (raw / "train").mkdir(), (), "raw/images: would be left"),
     "no part to test on": (move_to("train", "val"), (), "a folder train, but none to test on"),
     "no part to train on": (move_to("test"), (), "a folder test, but none to train on"),

@@ -481,6 +481,12 @@ def test_what_is_no_checkpoint_ends_with_one_line(capsys, tmp_path):
     assert not out.exists()
 
 
+def test_a_second_checkpoint_is_not_taken_for_an_image(capsys, tmp_path):
+    one, other = (save_network(tmp_path / name, "unet") for name in ("one.pt", "other.pt"))
+    line = refused(capsys, predict, one, other, "a.png", "--out", tmp_path / "out")
+    assert f"{other}: a checkpoint: name one alone" in line and not (tmp_path / "out").exists()
+
+
 def test_a_checkpoint_of_an_unknown_data_set_is_refused(use, tmp_path):
     noise(9, 9).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"best\.pt: does not say what its .* classes are"):

@@ -308,6 +308,9 @@ def test_half_unpacked_folder_is_not_taken_for_a_whole_one(place):
     (["monuseg", "--from", "."], "no *.tif"), (["monuseg", "--from=x"], "without the ="),
     (["weights", "--from", "x"], "weights takes no --from"),
     (["bcss", "--raster", "exact"], "--raster is for monuseg"),
+    (["monuseg", "--raster"], "--raster needs a value"),
+    (["monuseg", "--data-root"], "--data-root needs a value"),
+    (["monuseg", "--raster", "exatc"], "--raster is paper or exact, not exatc"),
     (["monuseg", "--ratser", "exact"], "no flag is called --ratser"), (["mnist"], "'mnist'"),
     (["monuseg-exact"], "./prepare_data.sh monuseg --raster exact")])
 def test_a_wrong_command_line_gets_one_sentence(place, words, said):

@@ -169,14 +169,29 @@ def test_skips_are_compared_seed_by_seed_and_image_by_image():
     assert conv[0] == "3 seeds" and conv[5] == "+2.58 to +27.42" and conv[8] == "199"
 
 
-def test_runs_tested_on_other_images_are_neither_compared_nor_averaged():
-    other = scores("conv", 0, (0.5, 0.5, 0.5)) | {"images": ["A", "A", "C"]}
-    for runs in [RUNS[0], other], [RUNS[1], RUNS[3], scores("standard", 2, (0, 0, 0)),
-                                   other | {"args": scores("conv", 2, (0, 0, 0))["args"]}]:
-        with pytest.raises(ValueError, match="monuseg, tile, unet, conv and .* different test"):
-            report.skip_differences(runs)
-    with pytest.raises(ValueError, match="monuseg, tile, unet, conv have different test images"):
-        report.table_2([RUNS[3], other])
+def read_back(folder, *contents):
+    """What report.py reads from files with these contents."""
+    for number, content in enumerate(contents):
+        (folder / f"{number}.json").write_text(json.dumps(content))
+    return report.read_results([folder / f"{number}.json" for number in range(len(contents))])
+
+
+def test_runs_tested_on_other_images_or_classes_do_not_come_into_one_page(tmp_path):
+    nucleus, two = ({"set": {"classes": names}} for names in (["nucleus"], ["a", "b"]))
+    others = ({"images": ["A", "A", "C"]}, two)
+    for changed in others:
+        with pytest.raises(ValueError, match="monuseg, tile, have different test images or class"):
+            read_back(tmp_path, RUNS[0] | nucleus, RUNS[2], RUNS[3] | changed)
+    for change in {"split": "image"}, {"classes": 6}:  # as --split and --classes have it
+        args = {"args": RUNS[0]["args"] | change}
+        assert len(read_back(tmp_path, RUNS[0] | nucleus, RUNS[2], RUNS[0] | args | two)[0]) == 3
+    whole = {"args": RUNS[0]["args"], "recipe_version": 3, "weights": "", "data": "monuseg",
+             "tta": False, "global": NOTHING, "whole": NOTHING, "images": {"A": 0.5, "B": None}}
+    assert len(read_back(tmp_path, RUNS[0], [whole, whole])[1]) == 2
+    with pytest.raises(ValueError, match="monuseg, tile, have different test images"):
+        read_back(tmp_path, [whole], [whole | {"images": {"A": 0.5}}])
+    with pytest.raises(ValueError, match="0.json: not the scores.json of a run.*set missing"):
+        read_back(tmp_path, RUNS[0] | {"set": {"classes": [1]}})
 
 
 def test_tiles_without_a_class_and_sets_without_the_papers_number():

@@ -36,7 +36,7 @@ def reproduce(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # of the machine
 
     def run(*words, status=0, **variables):
-        (tmp_path / "calls.txt").unlink(missing_ok=True)
+        (tmp_path / "calls.txt").write_text("")
         done = subprocess.run(
             ["bash", "reproduce.sh", *words], text=True, capture_output=True, cwd=tmp_path,
             env=os.environ | {"PYTHON": sys.executable} | variables)
@@ -74,6 +74,17 @@ def test_flags_that_would_train_nothing_are_refused(reproduce, tmp_path, flags):
                           capture_output=True)
     assert done.returncode == 2 and done.stderr.startswith("reproduce.sh: give --jobs a number")
     assert done.stderr.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("flag", ["--model", "--skip", "--seed", "--data", "--out"])
+def test_flags_that_each_run_has_already_are_refused(reproduce, flag):
+    done, calls = reproduce("monuseg", "--compile", flag, "5", status=2)
+    assert f"reproduce.sh: {flag} is set for each run" in done.stderr and not calls
+
+
+def test_help_is_help_wherever_it_stands(reproduce):
+    done, calls = reproduce("monuseg", "--seeds", "0", "--help", status=0)
+    assert "./reproduce.sh monuseg --jobs 2" in done.stdout and not calls
 
 
 def test_nothing_is_left_among_the_temporary_files(reproduce, tmp_path):
