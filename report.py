@@ -362,9 +362,9 @@ def one_flag_more(results):
                       lambda result: result["per_tile"]["iou"])
     groups = group_by((result for result in results if result["per_tile"]["iou"] is not None),
                       lambda result: (result["args"]["data"], result["args"]["split"],
-                                      result["args"]["skip"], result["args"]["recipe"],
-                                      result["args"]["model"], result["recipe_version"],
-                                      result["weights"]))
+                                      result["args"]["skip"], result["args"].get("classes"),
+                                      result["args"]["recipe"], result["args"]["model"],
+                                      result["recipe_version"], result["weights"]))
     for (data, split, skip, *_), group in groups.items():
         runs = group_by(group, changed)
         for flags_without, without in runs.items():

@@ -142,7 +142,8 @@ def test_one_flag_more_is_compared_with_the_same_seed_without_it():
             run(1, 0.72, 0.51, "--lr", "0.01"), run(2, 0.99, 0.99, "--lr", "0.01"),
             run(1, 0.63, 0.54, "--width", "8"), run(2, 0.5, 0.5, "--batch-size", "4"),
             run(0, 0.80, 0.40, "--lr", "0.01", "--width", "8"), run(0, 0.9, 0.9) | EMPTY[0],
-            run(1, 0.9, 0.9, "--epochs", "7") | {"weights": "of elsewhere"}]
+            run(1, 0.9, 0.9, "--epochs", "7") | {"weights": "of elsewhere"},
+            RUNS[0] | {"args": RUNS[0]["args"] | {"classes": 3}}]  # other labels, not a flag more
     where = "monuseg, tile"
     assert cells(report.one_flag_more(runs)) == [
         [where, "unet", "standard", "62.00 ± 2.83", "37.60 ± 0.57", "52.00 ± 2.83"],
