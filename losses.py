@@ -90,13 +90,17 @@ LOSSES = {"bce": bce_loss, "ce": ce_loss, "dice": dice_loss, "focal": focal_loss
 ONE_CLASS, SEVERAL_CLASSES = ("bce", "bce+dice"), ("ce", "ce+dice")  # the others fit both
 
 
-def loss_for(num_classes, ignore=(), name=None):
-    """The loss called `name`, or the paper's (2.2), as a function (logits, masks) -> (N,).
+def papers_loss(num_classes):
+    """The name of the paper's loss (2.2): BCE for one class, cross-entropy + Dice for more."""
+    return "bce" if num_classes == 1 else "ce+dice"
 
-    The paper takes BCE for one class, cross-entropy + Dice for more. Raises ValueError for a loss
-    that does not fit this number of classes.
+
+def loss_for(num_classes, ignore=(), name=None):
+    """The loss called `name`, or the paper's, as a function (logits, masks) -> (N,).
+
+    Raises ValueError for a loss that does not fit this number of classes.
     """
-    name = name or ("bce" if num_classes == 1 else "ce+dice")
+    name = name or papers_loss(num_classes)
     unfit = SEVERAL_CLASSES if num_classes == 1 else ONE_CLASS
     if name in unfit:
         raise ValueError(f"--loss {name}: does not fit {num_classes} "

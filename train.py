@@ -23,7 +23,7 @@ import related  # noqa: F401, its skips and networks join SKIPS and MODELS
 from data import (AUGMENTATIONS, SPLITS, fingerprint, load, normalize, read_info, split_tiles,
                   train_batches, whole_images)
 from eval import compute_metrics, evaluate, metrics_table, scored_labels
-from losses import LOSSES, loss_for
+from losses import LOSSES, loss_for, papers_loss
 from models import MODELS, MAX_SKIP_DEPTH, SKIPS, build_model, create_model
 from plots import draw_curves
 from recipes import COMMON, RECIPE_VERSION, RECIPES, SCHEDULES, recipe_for, recipe_overrides
@@ -160,9 +160,12 @@ def complete(args, parser):
     args.split = args.split or info["split"]
     if args.classes and args.recipe.endswith(" strong") and not args.loss:
         args.loss = "ce+dice"  # the recipe's own, bce+dice, is for one class
-    for name, value in recipe_for(args.recipe, args.model).items():
+    recipe = recipe_for(args.recipe, args.model)
+    for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if not recipe["loss"] and args.loss == papers_loss(args.classes or len(info["classes"])):
+        args.loss = None  # the paper's, whether it was named or not
     if args.windows and args.split == "tile":
         parser.error("--windows cuts tiles out of whole images, of which --split tile tests on "
                      "parts: give --windows 0, as BCSS needs in any case, --split image, or "

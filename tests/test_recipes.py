@@ -64,6 +64,15 @@ def test_the_strong_recipes_loss_fits_the_classes(classes, chosen, loss):
     assert args.loss == loss
 
 
+@pytest.mark.parametrize("flags, recorded", [
+    ("--loss bce", None), ("--loss dice", "dice"), ("--loss ce+dice", "ce+dice"),
+    ("--classes 3 --loss ce+dice", None), ("--classes 3 --loss bce", "bce"),
+    ("--recipe strong --split image --loss bce", "bce")])
+def test_the_papers_loss_by_its_name_is_no_departure(flags, recorded):
+    args = train.parse_args(flags.split())
+    assert args.loss == recorded and (f"-loss{recorded}-" in args.out.name) == bool(recorded)
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_stays_between_0_and_the_rate(name):
     factors = [SCHEDULES[name](step / 1000) for step in range(1000)]
