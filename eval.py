@@ -354,15 +354,16 @@ def main(args):
         if args.whole and checkpoint["args"]["split"] == "tile":
             raise ValueError(f"{path}: was trained with --split tile and has seen parts of all "
                              "images: --whole is for --split image or official")
+    networks = [*zip(models, checkpoints.items())]
     if args.ensemble:
-        ensemble = build_ensemble(checkpoints, models)
+        networks = [(build_ensemble(checkpoints, models), next(iter(checkpoints.items())))]
         seeds = {one["args"]["seed"] for one in checkpoints.values()}
         if len(seeds) < max(2, len(args.checkpoints)):
             raise ValueError("--ensemble takes two runs or more, each of another seed: name each "
                              "once")
     else:
         check_seeds(checkpoints.values())
-    tests = [open_test(checkpoint, path, args) for path, checkpoint in checkpoints.items()]
+    tests = [open_test(checkpoint, path, args) for _, (path, checkpoint) in networks]
     check_test_sets(checkpoints.values())
     if args.tiles:
         known = tile_names(*tests[0][:2])
@@ -373,13 +374,10 @@ def main(args):
         logs = {str(path.parent): [read_log(path.with_name("log.csv"))] for path in checkpoints}
 
     # Score.
+    results = [score(model, checkpoint, path, test, device, args)
+               for (model, (path, checkpoint)), test in zip(networks, tests)]
     if args.ensemble:
-        path, checkpoint = next(iter(checkpoints.items()))
-        results = [score(ensemble, checkpoint, path, tests[0], device, args) |
-                   {"ensemble": args.checkpoints}]
-    else:
-        results = [score(model, checkpoint, path, test, device, args)
-                   for model, test, (path, checkpoint) in zip(models, tests, checkpoints.items())]
+        results[0]["ensemble"] = args.checkpoints
 
     # Write and print.
     if args.json:

@@ -25,7 +25,7 @@ for word; do
   case $word:$list in
     -h:* | --help:*) exec bash "$0" --help ;;
     --model:* | --skip:* | --seed:* | --data:* | --out:*)
-      echo "reproduce.sh: ${word} is set for each run: give --models, --skips or --seeds" >&2
+      echo "reproduce.sh: $word is set for each run: give --models, --skips or --seeds" >&2
       exit 2 ;;
     --models:* | --skips:* | --seeds:* | --jobs:*) list=${word#--}; declare "$list=" ;;
     --*) list=''; flags+=("$word") ;;
